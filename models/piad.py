@@ -1,0 +1,121 @@
+"""PIAD, progressive importance-aware dropout: what each unit is worth, and the list of what goes first.
+
+A unit is the smallest thing that can be dropped: 1/8 of the head width (in all heads of a block together) or 1/32
+of the hidden width. METHOD section 3; paper, section on PIAD.
+"""
+import heapq
+from dataclasses import dataclass
+
+import torch
+
+from models.width_table import Widths
+from utils import InputError, keyed_generator
+
+ATTN_GROUPS, MLP_GROUPS = 8, 32
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The size of one droppable unit: dimensions per head, and hidden units."""
+
+    attn: int
+    mlp: int
+
+    @classmethod
+    def of(cls, full):
+        """The groups of a network of full Widths ``full``. Raises InputError if they do not divide its widths."""
+        head_width, hidden = full.attn[0], full.mlp[0]
+        if head_width % ATTN_GROUPS or hidden % MLP_GROUPS:
+            raise InputError(
+                f"head width {head_width} and hidden width {hidden} must be multiples of {ATTN_GROUPS} and {MLP_GROUPS}"
+            )
+        return cls(head_width // ATTN_GROUPS, hidden // MLP_GROUPS)
+
+    def size(self, branch):
+        """The unit of branch ``branch`` of Widths.flat: even are attention, odd are MLP."""
+        return self.attn if branch % 2 == 0 else self.mlp
+
+
+def sensitivity(cost, costs_without):
+    """gamma_m = (cost without branch m - cost) / cost, not below 0, for the 2L branches in Widths.flat order."""
+    return [max((without - cost) / cost, 0.0) for without in costs_without]
+
+
+def unit_importance(gammas, statistics, widths, groups, shapes, convention):
+    """Importance per MAC of the units that ``widths`` still keeps: I_u = gamma_m * sum of alpha in u / MACs(u).
+
+    Args:
+        gammas: 2L module sensitivities, order of Widths.flat.
+        statistics: L BlockStatistics measured at ``widths``; alpha is the share of their Taylor sums.
+    Returns 2L lists, first unit first; empty where the branch is gone.
+    """
+    importance = []
+    for branch, gamma in enumerate(gammas):
+        sums = statistics[branch // 2]
+        taylor = sums.taylor_attn.sum(0) if branch % 2 == 0 else sums.taylor_mlp
+        alpha = taylor / taylor.sum().clamp(min=torch.finfo(taylor.dtype).tiny)
+        per_width = shapes.macs_per_attn_width(convention) if branch % 2 == 0 else shapes.macs_per_mlp_width(convention)
+        size = groups.size(branch)
+        shares = alpha.unflatten(0, (widths.flat[branch] // size, size)).sum(1)
+        importance.append((gamma * shares / (size * per_width)).tolist())
+    return importance
+
+
+def drop_order(importance):
+    """The order in which one branch gives up its units: tails of least mean importance, again and again.
+
+    ``importance``: list of n numbers, first unit first. Of the units still kept the tail [j:] with the smallest mean
+    leaves together, the shortest such tail if several are equal; then the same on what is left. This is
+    pool-adjacent-violators read from the tail: each pool leaves whole. Returns [(mean, number of units), ...],
+    means ascending.
+    """
+    pools = []  # from the front of the branch to its tail: means strictly fall
+    for value in importance:
+        total, size = value, 1
+        # A pool that is worth less than what stands behind it leaves together with it. The sums are compared
+        # crosswise, so that equal means stay equal.
+        while pools and pools[-1][0] * size < total * pools[-1][1]:
+            previous_total, previous_size = pools.pop()
+            total, size = total + previous_total, size + previous_size
+        pools.append((total, size))
+    return [(total / size, size) for total, size in reversed(pools)]
+
+
+def grow(steps, importance, groups, cost, target):
+    """Append steps to the dropout list until ``cost`` of the last one is at most ``target``.
+
+    Args:
+        steps: list of Widths, extended in place; what it holds already never changes.
+        importance: 2L lists from ``unit_importance`` at ``steps[-1]``.
+        cost: function of Widths, in MACs.
+    Raises InputError if even the network without any branch costs more than the target.
+    """
+    smallest = Widths((0,) * len(steps[0].attn), (0,) * len(steps[0].mlp))
+    if cost(smallest) > target:
+        raise InputError(
+            f"--drop_ratio leaves {target / cost(steps[0]):.3f} of the MACs; with every branch gone "
+            f"{cost(smallest) / cost(steps[0]):.3f} are left, so it must be below {1 - cost(smallest) / cost(steps[0]):.3f}"
+        )
+    queues = [drop_order(units) for units in importance]
+    heap = [(queue[0][0], branch, 0) for branch, queue in enumerate(queues) if queue]
+    heapq.heapify(heap)
+    while cost(steps[-1]) > target:
+        _, branch, at = heapq.heappop(heap)
+        flat = list(steps[-1].flat)
+        flat[branch] -= queues[branch][at][1] * groups.size(branch)
+        steps.append(Widths.from_flat(flat))
+        if at + 1 < len(queues[branch]):
+            heapq.heappush(heap, (queues[branch][at + 1][0], branch, at + 1))
+
+
+def target_cost(full_cost, ratio, epoch, grow_epochs):
+    """MACs that the smallest network may have at the start of ``epoch``: r (e + 1) / P_e of the total are removed."""
+    return full_cost * (1 - ratio * min(epoch + 1, grow_epochs) / grow_epochs)
+
+
+def draw_step(seed, global_step, last):
+    """The step of the dropout list that a training step trains: uniform over 0 .. ``last``, both included.
+
+    Keyed by (seed, global step): every rank draws the same, and so does a run that was stopped and resumed.
+    """
+    return int(torch.randint(last + 1, (), generator=keyed_generator(seed, global_step)))

@@ -1,0 +1,157 @@
+"""The kept widths of every block, the table of them (one entry for each step of the dropout list), and budgets."""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import InputError, human
+
+FORMAT_VERSION = 1
+# A budget this little above the full network still asks for the full network: printed figures are rounded.
+BUDGET_SLACK = 1.005
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What one sub-network keeps: ``attn[b]`` dimensions of every head and ``mlp[b]`` hidden units of block b.
+
+    A width of 0 means that the branch is gone.
+    """
+
+    attn: tuple[int, ...]
+    mlp: tuple[int, ...]
+
+    @property
+    def flat(self):
+        """All 2L widths, block by block: attn 0, mlp 0, attn 1, ..."""
+        return tuple(width for pair in zip(self.attn, self.mlp, strict=True) for width in pair)
+
+    @classmethod
+    def from_flat(cls, flat):
+        return cls(tuple(flat[0::2]), tuple(flat[1::2]))
+
+    def as_dict(self):
+        return {"attn": list(self.attn), "mlp": list(self.mlp)}
+
+    @classmethod
+    def from_dict(cls, content):
+        return cls(tuple(content["attn"]), tuple(content["mlp"]))
+
+
+@dataclass
+class WidthTable:
+    """Widths per step: ``steps[0]`` is the full network, ``steps[-1]`` the smallest; widths never grow.
+
+    ``meta`` is free additional information, kept in the file's ``"meta"`` member.
+    """
+
+    steps: list[Widths]
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def last(self):
+        """The index of the last step."""
+        return len(self.steps) - 1
+
+    def first_within(self, cost, budget):
+        """The first (largest) step whose ``cost(widths)`` is at most ``budget``, or None if there is none."""
+        return next((step for step, widths in enumerate(self.steps) if cost(widths) <= budget), None)
+
+    def to_json(self):
+        """The published layout of ``mask_table.json`` (one member per branch, one string key per step) plus meta."""
+        members = {}
+        for index, name in enumerate(branch_names(len(self.steps[0].attn))):
+            widths = [step.flat[index] for step in self.steps]
+            members[name] = {str(step): width for step, width in enumerate(widths)} | {"-1": widths[-1]}
+        return json.dumps({"meta": {"format_version": FORMAT_VERSION} | self.meta} | members)
+
+    @classmethod
+    def from_json(cls, text, source):
+        """Parse ``mask_table.json``. ``source`` is named in errors. Raises InputError if it is not a valid table."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{source}: not JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{source}: expected one object with members '0.attn', '0.mlp', ...")
+        meta = content.pop("meta", {})
+        columns = [_column(content, name, source) for name in _expected_names(content, source)]
+        if any(len(column) != len(columns[0]) for column in columns):
+            raise InputError(f"{source}: its members do not all have the same steps")
+        return cls([Widths.from_flat(row) for row in zip(*columns, strict=True)], meta if isinstance(meta, dict) else {})
+
+    @classmethod
+    def load(cls, path):
+        """Read ``mask_table.json``. Raises InputError if it is missing or invalid."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; the width table lies beside the checkpoint as mask_table.json")
+        return cls.from_json(path.read_text(errors="replace"), path)
+
+    def check_fits(self, full, source):
+        """Raise InputError unless the table starts at the widths ``full`` of the model it is used with."""
+        if self.steps[0] != full:
+            depth, own = len(self.steps[0].attn), len(full.attn)
+            what = f"{depth} blocks, the model {own}" if depth != own else f"{self.steps[0]}, the model {full}"
+            raise InputError(f"{source}: made for another model: its step 0 has {what}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a user asks for. ``kind``: 'op_code' (a step), 'macs' (paper's convention), 'macs_ratio' (of the full
+    network) or 'params'."""
+
+    kind: str
+    value: float
+
+    def __str__(self):
+        return f"{self.kind} {human(self.value) if self.kind in ('macs', 'params') else f'{self.value:.4g}'}"
+
+    def step(self, table, shapes):
+        """The largest step of ``table`` within this budget. Raises InputError with what is reachable if there is none."""
+        if self.kind == "op_code":
+            step = table.last if self.value == -1 else self.value
+            if not 0 <= step <= table.last:
+                raise InputError(f"--op_code {self.value}: steps run from 0 to {table.last} (or -1 for the last)")
+            return step
+        cost = shapes.parameters if self.kind == "params" else shapes.macs
+        unit = cost(table.steps[0]) if self.kind == "macs_ratio" else 1
+        most, least = (cost(table.steps[step]) / unit for step in (0, -1))
+        step = table.first_within(cost, self.value * unit)
+        if step is None or self.value > most * BUDGET_SLACK:
+            low, high = (f"{x:.4g}" if self.kind == "macs_ratio" else human(x) for x in (least, most))
+            raise InputError(f"--{self}: out of reach; this table has networks from {low} to {high}")
+        return step
+
+
+def branch_names(depth):
+    """The members of ``mask_table.json``: '0.attn', '0.mlp', '1.attn', ..."""
+    return [f"{block}.{branch}" for block in range(depth) for branch in ("attn", "mlp")]
+
+
+def _expected_names(content, source):
+    branches = [name for name in content if name.endswith((".attn", ".mlp"))]
+    names = branch_names((len(branches) + 1) // 2)
+    missing = next((name for name in names if name not in content), None)
+    if not names or missing:
+        raise InputError(f"{source}: member '{missing or '0.attn'}' is missing")
+    return names
+
+
+def _column(content, name, source):
+    """The widths of one branch in step order, checked."""
+    member = content[name]
+    if not isinstance(member, dict):
+        raise InputError(f"{source}: member '{name}' must map steps to widths")
+    count = len([step for step in member if step != "-1"])
+    missing = next((step for step in range(max(count, 1)) if str(step) not in member), None)
+    if missing is not None:
+        raise InputError(f"{source}: '{name}' has no step '{missing}'; steps run from '0' without a gap")
+    column = [member[str(step)] for step in range(count)]
+    for step, width in enumerate(column):
+        if type(width) is not int or width < 0:
+            raise InputError(f"{source}: '{name}' step {step} is {width!r}; widths are integers of at least 0")
+        if step and width > column[step - 1]:
+            raise InputError(f"{source}: '{name}' grows from {column[step - 1]} to {width} at step {step}")
+    if member.get("-1", column[-1]) != column[-1]:
+        raise InputError(f"{source}: '{name}' step '-1' is {member['-1']}, its last step {column[-1]}")
+    return column

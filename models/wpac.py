@@ -1,0 +1,201 @@
+"""WPAC, weighted PCA for attention contraction: bases in which the first dimensions hold most of the knowledge.
+
+Solvers are pure functions on float64 tensors, batched over heads; ``reparameterise`` rewrites the weights with them.
+Every rewrite preserves the network's function at full width.
+"""
+import torch
+from einops import rearrange
+
+# Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
+EIGENVALUE_FLOOR = 1e-9
+
+
+# ------------------------------------------------------------------------------------------ solvers
+
+
+def symmetric_power(matrix, power):
+    """matrix^power for symmetric positive semi-definite [..., d, d], eigenvalues clamped from below.
+
+    A matrix that is zero (a dead head) counts as the identity, so that its basis is still invertible.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    largest = values[..., -1:]
+    values = torch.where(largest > 0, values.clamp(min=EIGENVALUE_FLOOR * largest), torch.ones_like(values))
+    return vectors * values.pow(power).unsqueeze(-2) @ vectors.mT
+
+
+def _fix_signs(columns):
+    """Columns [..., d, d] with signs such that the entry of largest magnitude of each is positive."""
+    at = columns.abs().argmax(-2, keepdim=True)
+    return columns * torch.where(columns.gather(-2, at) < 0, -1.0, 1.0)
+
+
+def pca_basis(covariance):
+    """Eigenvectors of [H, d, d] as columns, in descending order of eigenvalue (paper, section on WPAC)."""
+    return _fix_signs(torch.linalg.eigh(covariance).eigenvectors.flip(-1))
+
+
+def output_basis(covariance_z, output_gram, proj):
+    """Maps of v and proj that sort the head's dimensions by what survives in W_o z (METHOD section 1, change 2).
+
+    Args:
+        covariance_z: [H, d, d] of the attention output z.
+        output_gram: [D, D], E[go go^T] for go the gradient at the output of proj.
+        proj: [H, D, d], the columns of W_o of each head.
+    Returns (to, back), both [H, d, d] with to @ back = I: z <- to z, W_o <- W_o back.
+    """
+    root, inverse_root = symmetric_power(covariance_z, 0.5), symmetric_power(covariance_z, -0.5)
+    # Right singular vectors of G^(1/2) W_o Sigma_z^(1/2), from its d x d Gram matrix: no root of G is needed.
+    v = pca_basis(root @ (proj.mT @ output_gram @ proj) @ root)
+    return v.mT @ inverse_root, root @ v
+
+
+def query_key_basis(moment_q, covariance_k):
+    """Maps of q and k that sort the head's dimensions by what survives in q^T k (METHOD section 1, change 3).
+
+    Args: second moment of q and covariance of the centred k, both [H, d, d].
+    Returns (map_q, map_k), [H, d, d] each, with map_q^T map_k = I, so that q^T k is exact.
+    """
+    root_q, root_k = symmetric_power(moment_q, 0.5), symmetric_power(covariance_k, 0.5)
+    u, s, _ = torch.linalg.svd(root_q @ root_k)
+    u = _fix_signs(u)
+    scale = s.clamp(min=EIGENVALUE_FLOOR * s[..., :1].clamp(min=EIGENVALUE_FLOOR)).sqrt().unsqueeze(-1)
+    map_q = scale * u.mT @ symmetric_power(moment_q, -0.5)
+    # S^(1/2) V^T Sigma_k^(-1/2), written as the inverse transpose of map_q, which it also is where S is clamped.
+    map_k = u.mT @ root_q / scale
+    return map_q, map_k
+
+
+def equalising_scale(first, second):
+    """Factors c [H, d] for which the rows c * first and second / c have equal norms; [H, d, n] each.
+
+    Of all per-dimension scales this one has the smallest sum of squared weights, which is what weight decay
+    penalises, and it leaves neither side with rows far larger than AdamW's step is made for. Zero rows get 1.
+    """
+    ratio = second.norm(dim=-1) / first.norm(dim=-1)
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+
+
+# ------------------------------------------------------------------------------------------ rewriting
+
+
+def reparameterise(model, statistics, basis="balanced", mlp_order="taylor"):
+    """Rewrite the weights of a super-network, in place, so that every prefix keeps as much as possible.
+
+    Args:
+        statistics: list of BlockStatistics from ``collect_statistics`` with moments, at full width.
+        basis: 'pca' (paper) or 'balanced' (mean folding, output-aware V/O basis, balanced Q/K basis).
+        mlp_order: 'taylor' (mean |g a|) or 'hessian' (mean (g a)^2) order of the hidden units.
+    Returns a report: per block the spectrum of each head and the sorted importance of the hidden units, as lists.
+    """
+    rewrite = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
+    report = []
+    for block, sums in zip(model.blocks, statistics, strict=True):
+        weights = HeadWeights.read(block.attn, block.num_heads)
+        spectrum = rewrite(weights, sums)
+        weights.write(block.attn)
+        importance = {"taylor": sums.taylor_mlp, "hessian": sums.hessian_mlp}[mlp_order]
+        order = importance.argsort(descending=True, stable=True)
+        _permute_hidden(block.mlp, order.to(block.mlp.fc1.weight.device))
+        report.append({"spectrum": spectrum.tolist(), "mlp_importance": importance[order].tolist()})
+    return report
+
+
+class HeadWeights:
+    """Float64 copies of one attention module's weights by head, biases as zeros where there are none.
+
+    q, k, v: [H, d, D]; q_bias, k_bias, v_bias: [H, d]; proj: [H, D, d]; proj_bias: [D].
+    """
+
+    @classmethod
+    def read(cls, attn, heads):
+        self = cls()
+        weight = rearrange(attn.qkv.weight.detach().double(), "(three h d) c -> three h d c", three=3, h=heads)
+        self.q, self.k, self.v = weight.unbind()
+        if attn.qkv.bias is None:
+            biases = torch.zeros_like(weight[..., 0])
+        else:
+            biases = rearrange(attn.qkv.bias.detach().double(), "(three h d) -> three h d", three=3, h=heads)
+        self.q_bias, self.k_bias, self.v_bias = biases.unbind()
+        self.proj = rearrange(attn.proj.weight.detach().double(), "c (h d) -> h c d", h=heads)
+        bias = attn.proj.bias
+        self.proj_bias = torch.zeros_like(self.proj[0, :, 0]) if bias is None else bias.detach().double()
+        self.can_fold = attn.qkv.bias is not None and bias is not None
+        return self
+
+    @torch.no_grad()
+    def write(self, attn):
+        """Copy back, in the module's own dtype."""
+        attn.qkv.weight.copy_(rearrange(torch.stack((self.q, self.k, self.v)), "three h d c -> (three h d) c"))
+        attn.proj.weight.copy_(rearrange(self.proj, "h c d -> c (h d)"))
+        if attn.qkv.bias is not None:
+            biases = torch.stack((self.q_bias, self.k_bias, self.v_bias))
+            attn.qkv.bias.copy_(rearrange(biases, "three h d -> (three h d)"))
+        if attn.proj.bias is not None:
+            attn.proj.bias.copy_(self.proj_bias)
+
+    def map(self, name, matrix):
+        """q, k or v <- matrix @ it, weights and bias; matrix: [H, d, d]."""
+        setattr(self, name, matrix @ getattr(self, name))
+        setattr(self, f"{name}_bias", (matrix @ getattr(self, f"{name}_bias").unsqueeze(-1)).squeeze(-1))
+
+    def scale(self, name, factor):
+        """q, k or v <- factor * it, weights and bias; factor: [H, d]."""
+        setattr(self, name, getattr(self, name) * factor.unsqueeze(-1))
+        setattr(self, f"{name}_bias", getattr(self, f"{name}_bias") * factor)
+
+    def rows(self, name):
+        """Weights and bias of q, k or v side by side, [H, d, D + 1]."""
+        return torch.cat((getattr(self, name), getattr(self, f"{name}_bias").unsqueeze(-1)), dim=-1)
+
+
+def _rewrite_pca(weights, sums):
+    """The paper's basis: orthogonal, one for v and o, one shared by q and k. Returns the v spectrum, [H, d]."""
+    covariance_v = sums.theta_v.about(sums.theta_v.mean)
+    basis_v = pca_basis(covariance_v)
+    weights.map("v", basis_v.mT)
+    weights.proj = weights.proj @ basis_v
+    moments = (sums.theta_q, sums.theta_k)
+    basis_qk = pca_basis(sum(m.about(m.mean) * m.s0[:, None, None] for m in moments))
+    weights.map("q", basis_qk.mT)
+    weights.map("k", basis_qk.mT)
+    return torch.linalg.eigvalsh(covariance_v).flip(-1)
+
+
+def _rewrite_balanced(weights, sums):
+    """Mean folding, then the output-aware V/O and the balanced Q/K basis. Returns the V/O spectrum, [H, d]."""
+    mean_z, mean_k = sums.grad_z.mean, sums.grad_k.mean
+    if weights.can_fold:
+        # Attention rows sum to one: a constant of v passes straight through to proj's bias. A constant of every
+        # key shifts all logits of a query alike, which the softmax ignores.
+        weights.proj_bias = weights.proj_bias + torch.einsum("hcd,hd->c", weights.proj, mean_z)
+        weights.v_bias = weights.v_bias - mean_z
+        weights.k_bias = weights.k_bias - mean_k
+    # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
+    covariance_z = sums.grad_z.about(mean_z if weights.can_fold else torch.zeros_like(mean_z))
+    gram = sums.output_gram / sums.grad_z.count
+    to, back = output_basis(covariance_z, gram, weights.proj)
+    weights.map("v", to)
+    weights.proj = weights.proj @ back
+    # z has unit covariance in these coordinates, so a dimension carries what its column of proj moves the output.
+    carried = torch.einsum("hcd,ce,hed->hd", weights.proj, gram, weights.proj)
+    scale = equalising_scale(weights.rows("v"), weights.proj.mT)
+    weights.scale("v", scale)
+    weights.proj = weights.proj / scale.unsqueeze(1)
+
+    map_q, map_k = query_key_basis(sums.grad_q.about(torch.zeros_like(mean_k)), sums.grad_k.about(mean_k))
+    weights.map("q", map_q)
+    weights.map("k", map_k)
+    scale = equalising_scale(weights.rows("q"), weights.rows("k"))
+    weights.scale("q", scale)
+    weights.scale("k", 1 / scale)
+    return carried
+
+
+@torch.no_grad()
+def _permute_hidden(mlp, order):
+    """Sort the hidden units: rows of fc1, columns of fc2; order: [M]."""
+    mlp.fc1.weight.copy_(mlp.fc1.weight[order])
+    if mlp.fc1.bias is not None:
+        mlp.fc1.bias.copy_(mlp.fc1.bias[order])
+    mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])

@@ -1,0 +1,93 @@
+"""Command-line options that several stages share, with DeiT's names and defaults."""
+from utils import StageParser, fraction, non_negative_int, positive_int, quantity
+
+
+def stage_parser(description):
+    """A parser with the options of every stage: model, data, device."""
+    parser = StageParser(description=description)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=None, help="vit_tiny, vit_small, vit_base, or any timm VisionTransformer")
+    group.add_argument("--input_size", type=positive_int, default=None, help="image size in pixels; the model's own")
+    group.add_argument("--nb_classes", type=positive_int, default=None, help="classes; those of the data set")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default="data", help="folder of the data set")
+    group.add_argument(
+        "--data_set", default="IMNET",
+        help="IMNET, CIFAR10, CIFAR (100), FLOWERS, FOOD, DIGITS, FASHION_MNIST, or a name for timm's create_dataset",
+    )  # fmt: skip
+    group.add_argument("--batch_size", type=positive_int, default=64, help="images per rank and step")
+    group.add_argument("--eval_crop_ratio", type=fraction, default=0.875, help="centre crop / resized image")
+    group.add_argument("--num_workers", type=non_negative_int, default=10, help="data loading processes per rank")
+    _switch(group, "pin_mem", True, "pin memory for faster copies to the GPU")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="autocast type")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random")
+    return parser
+
+
+def _switch(group, name, default, help):
+    """DeiT's pairs of flags: --name and --no_name."""
+    group.add_argument(f"--{name}", action="store_true", default=default, help=help)
+    group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default)
+
+
+def add_proxy_options(parser):
+    group = parser.add_argument_group("proxy set")
+    group.add_argument("--proxy_samples", type=positive_int, default=1024, help="training images that are measured on")
+    group.add_argument(
+        "--objective", default="label", choices=["label", "feature"],
+        help="what gradients are taken of: the true class's logit, or (no labels needed) the pooled feature",
+    )  # fmt: skip
+
+
+def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training set")
+    group.add_argument("--opt", default="adamw", help="a timm optimiser")
+    group.add_argument("--lr", type=float, default=lr, help="learning rate for a batch of 512 images")
+    group.add_argument("--unscale_lr", action="store_true", help="take --lr as it is, whatever the batch")
+    group.add_argument("--weight_decay", type=float, default=0.05)
+    group.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None for no clipping")
+    group.add_argument("--sched", default="cosine", help="a timm scheduler")
+    group.add_argument("--warmup_epochs", type=non_negative_int, default=warmup_epochs)
+    group.add_argument("--warmup_lr", type=float, default=1e-6)
+    group.add_argument("--min_lr", type=float, default=min_lr)
+    group.add_argument("--drop_path", type=float, default=0.1, help="largest stochastic depth rate")
+    _switch(group, "model_ema", True, "keep averaged weights")
+    group.add_argument("--model_ema_decay", type=float, default=0.99996, help="decay per step")
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
+    group.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    group.add_argument("--color_jitter", type=float, default=0.3)
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy; '' for none")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--train_interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"])
+    _switch(group, "repeated_aug", True, "three augmentations of a third of the images per epoch")
+    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
+    group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
+    group.add_argument("--recount", type=positive_int, default=1)
+    group.add_argument("--mixup", type=float, default=0.8, help="alpha; 0 for none")
+    group.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0 for none")
+    group.add_argument("--mixup_prob", type=float, default=1.0)
+    group.add_argument("--mixup_switch_prob", type=float, default=0.5)
+    group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
+    group = parser.add_argument_group("run")
+    group.add_argument("--resume", default=None, help="a checkpoint_N.pth of this stage to go on from")
+    group.add_argument("--keep_last", type=positive_int, default=2, help="checkpoints to keep")
+    group.add_argument("--eval_period", type=positive_int, default=1, help="epochs between two evaluations")
+
+
+def add_budget_options(parser, several):
+    nargs = "+" if several else None
+    group = parser.add_argument_group("super-network and budget: the largest sub-network within it is taken")
+    group.add_argument(
+        "--checkpoint", default=None,
+        help="super-network folder (checkpoint_N.pth and mask_table.json) or file; output/peelable/<model>",
+    )  # fmt: skip
+    group.add_argument("--mask_table", default=None, help="width table; mask_table.json beside the checkpoint")
+    group.add_argument("--use_ema", action="store_true", help="the averaged weights instead of the last ones")
+    group.add_argument("--op_code", type=int, nargs=nargs, help="step of the width table")
+    group.add_argument("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
+    group.add_argument("--macs_ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")
+    group.add_argument("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")

@@ -1,0 +1,54 @@
+"""Train a small ViT from scratch, the network that stage 1 starts from where no published weights exist."""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets
+import utils
+from engine import Run, evaluate, make_criterion, train_one_epoch
+from models.vit import ModelSpec
+from options import add_training_options, stage_parser
+from utils import InputError, say
+
+
+def get_args():
+    parser = stage_parser(__doc__)
+    add_training_options(parser, epochs=60, lr=5e-4, min_lr=1e-5, warmup_epochs=5)
+    parser.add_argument_group("output").add_argument("--output_dir", default=None, help="output/pretrain/<model>")
+    return parser.parse_args()
+
+
+def main(args):
+    device = utils.start_up(args)
+    args.amp = utils.resolve_amp(args.amp, device)
+    if not args.model:
+        raise InputError("--model is required, for example vit_digits or vit_fashion")
+    images = datasets.load_images(args, train=True)
+    spec = ModelSpec(args.model, args.nb_classes or datasets.count_classes(images), args.input_size)
+    model = spec.build(drop_path_rate=args.drop_path).to(device)
+    output = utils.output_folder(args.output_dir or Path("output/pretrain") / args.model)
+    config = datasets.data_config(model)
+    train = datasets.train_loader(images, datasets.train_transform(args, config), args)
+    test_images = datasets.load_images(args, train=False)
+    test = datasets.eval_loader(test_images, datasets.eval_transform(args, config), args)
+    mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
+    run = Run(model, args, device, len(train))
+    for epoch in range(args.epochs):
+        train.sampler.set_epoch(epoch)
+        figures = train_one_epoch(
+            run.parallel, train, criterion, run.optimizer, run.scaler, epoch, device, args, mixup=mixup, ema=run.ema
+        )
+        run.scheduler.step(epoch + 1)
+        if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
+            top1 = evaluate(model, test, device, args.amp)["top1"]
+            say(json.dumps({"epoch": epoch, "train_loss": round(figures["loss"], 4), "test_top1": round(top1, 2)}))
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    utils.save_torch({"model": weights}, output / "pretrained.pth")
+    say(f"wrote {output / 'pretrained.pth'}; next:")
+    say(f"  python main_reparam.py --model {args.model} --pretrained {output / 'pretrained.pth'} --data_set {args.data_set}")
+
+
+if __name__ == "__main__":
+    utils.run_stage(main, get_args())
