@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_dataset, create_transform
+from timm.data.auto_augment import RandAugment, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset
 from torchvision import datasets as tv
@@ -154,7 +155,16 @@ def train_transform(args, config):
         # As in DeiT: images this small are shifted, not cropped to a fraction of their area.
         shift = T.Compose([T.Resize((size, size), T.InterpolationMode.BICUBIC), T.RandomCrop(size, padding=size // 8)])
         transform.transforms[0] = shift
+    for policy in transform.transforms:
+        if isinstance(policy, RandAugment):
+            for op in policy.ops:
+                op.aug_fn = _posterize if op.aug_fn is posterize else op.aug_fn
     return transform
+
+
+def _posterize(image, bits, **_):
+    """DeiT's policy asks for 0 bits at its largest magnitude, which recent versions of Pillow refuse: keep one."""
+    return posterize(image, max(bits, 1))
 
 
 def eval_transform(args, config):

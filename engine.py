@@ -190,7 +190,7 @@ def _branch_costs_of_batch(model, blocks, images, labels):
 
     def cost(sequence):
         model.blocks = nn.Sequential(*sequence)
-        return F.cross_entropy(model(images).float(), labels, reduction="sum").double()
+        return F.cross_entropy(model(images).double(), labels, reduction="sum")
 
     inputs = []
     handles = [block.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])) for block in blocks]

@@ -65,10 +65,10 @@ def fraction(text):
 
 def quantity(text):
     """argparse type: a number with an optional unit, ``8.44G``, ``40M`` or ``12000``."""
-    units = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-    digits, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    exponents = {"K": "e3", "M": "e6", "G": "e9", "T": "e12"}
+    unit = exponents.get(text[-1:].upper())
     try:
-        value = float(digits) * unit
+        value = float(text[:-1] + unit if unit else text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8.44G, 40M or 12000") from None
     if not 0 < value < float("inf"):

@@ -139,8 +139,7 @@ class _BlockTap:
         output.register_hook(self._add_output_gradient)
 
     def _add_output_gradient(self, gradient):
-        # A product of float32 factors: D x D x BT multiplications in float64 would cost as much as the network.
-        flat = rearrange(gradient.float(), "b t d -> (b t) d")
+        flat = rearrange(gradient.double(), "b t d -> (b t) d")
         self.sums.output_gram += flat.T @ flat
 
     def _on_hidden(self, _module, inputs):

@@ -139,16 +139,15 @@ def load_pretrained(spec, path=None, **kwargs):
     if path:
         model = spec.build(**kwargs)
         return model, load_weights(model, read_checkpoint(path)["model"], path, replace_head=True)
-    timm_name, _ = ALIASES.get(spec.name, (spec.name, {}))
-    published = default_num_classes(spec.name)
+    with torch.device("meta"):
+        spec.build()  # refuses what is no VisionTransformer before anything is downloaded
+    timm_name, changes = ALIASES.get(spec.name, (spec.name, {}))
+    published, cfg = default_num_classes(spec.name), timm.get_pretrained_cfg(timm_name)
+    if changes or cfg is None or not (cfg.hf_hub_id or cfg.url):
+        raise InputError(f"--model {spec.name}: there are no published weights; give --pretrained FILE")
     try:
         model = spec.build(pretrained=True, **kwargs)
-    except InputError:
-        raise
     except Exception as error:  # the hub client, its HTTP library and the file system each have their own kinds
-        cfg = timm.get_pretrained_cfg(timm_name)
-        if cfg is None or not (cfg.hf_hub_id or cfg.url):
-            raise InputError(f"--model {spec.name}: there are no published weights; give --pretrained FILE") from None
         raise InputError(
             f"--model {spec.name}: the published weights could not be downloaded ({type(error).__name__}). Fetch "
             f"'{cfg.hf_hub_id or timm_name}' (model.safetensors, or DeiT's .pth) on a machine with a network and give "

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Set up and run the tests: sh run_tests.sh [pytest options]. The longer checks: sh run_tests.sh -m slow
+set -e
+cd "$(dirname "$0")"
+. tools/setup.sh requirements.txt tests/requirements.txt
+exec "$PYTHON" -m pytest tests "$@"

@@ -1,0 +1,149 @@
+"""Importance, pool-adjacent-violators, the growth of the dropout list, and the sampler."""
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import proxy_batches, tiny_supernet
+from torch.nn import functional as F
+
+from engine import branch_costs
+from models import piad
+from models.cost import PAPER, Shapes
+from models.statistics import OBJECTIVES, collect_statistics
+from models.vit import full_widths, set_widths
+from models.width_table import Widths
+from utils import InputError
+
+CPU = torch.device("cpu")
+
+
+def brute_force(importance):
+    """METHOD section 3 word for word: the tail [j:] of least mean leaves, the shortest of equals; then again."""
+    kept, order = [Fraction(v) for v in importance], []
+    while kept:
+        means = [sum(kept[j:]) / len(kept[j:]) for j in range(len(kept))]
+        least = min(means)
+        j = max(j for j, mean in enumerate(means) if mean == least)
+        order.append((least, len(kept) - j))
+        kept = kept[:j]
+    return order
+
+
+def test_pool_adjacent_violators_against_brute_force():
+    draw = random.Random(0)
+    for _ in range(500):
+        values = [draw.randint(0, 4) for _ in range(draw.randint(0, 12))]
+        expected = brute_force(values)
+        got = piad.drop_order(values)
+        assert [size for _, size in got] == [size for _, size in expected], values
+        assert [mean for mean, _ in got] == pytest.approx([float(mean) for mean, _ in expected])
+
+
+def test_a_weak_unit_in_front_of_a_strong_one_leaves_together_with_it():
+    assert piad.drop_order([5, 0, 3]) == [(1.5, 2), (5, 1)]
+    assert piad.drop_order([0, 0, 0]) == [(0, 1)] * 3
+    assert piad.drop_order([]) == []
+
+
+FULL = Widths((16,) * 3, (192,) * 3)
+GROUPS = piad.Groups.of(FULL)
+
+
+def grown(importance_of, ratio=0.875, epochs=4):
+    shapes, steps = Shapes.of(tiny_supernet()), [FULL]
+    history = []
+    for epoch in range(epochs):
+        target = piad.target_cost(shapes.macs(FULL), ratio, epoch, epochs)
+        piad.grow(steps, importance_of(steps[-1]), GROUPS, shapes.macs, target)
+        assert shapes.macs(steps[-1]) <= target
+        assert shapes.macs(steps[-2]) > target, "grew further than asked"
+        assert history == steps[: len(history)], "an earlier entry has changed"
+        history = list(steps)
+    return steps, shapes
+
+
+def importance_by(draw):
+    return lambda widths: [[draw() for _ in range(w // GROUPS.size(b))] for b, w in enumerate(widths.flat)]
+
+
+@pytest.mark.parametrize("kind", ["random", "zero", "equal", "ties"])
+def test_the_list_is_monotone_valid_and_ends_at_the_target(kind):
+    generator = random.Random(1)
+    draw = {"random": generator.random, "zero": lambda: 0.0, "equal": lambda: 1.0,
+            "ties": lambda: float(generator.randint(0, 2))}[kind]  # fmt: skip
+    steps, shapes = grown(importance_by(draw))
+    assert steps[0] == FULL
+    for before, after in zip(steps, steps[1:], strict=False):
+        changed = [b for b in range(6) if before.flat[b] != after.flat[b]]
+        assert len(changed) == 1 and after.flat[changed[0]] < before.flat[changed[0]]
+        assert after.flat[changed[0]] % GROUPS.size(changed[0]) == 0 and after.flat[changed[0]] >= 0
+    assert shapes.macs(steps[-1]) <= 0.125 * shapes.macs(FULL)
+
+
+def test_the_least_important_leaves_first():
+    shapes, steps = Shapes.of(tiny_supernet()), [FULL]
+    importance = [[float(1 + b)] * (w // GROUPS.size(b)) for b, w in enumerate(FULL.flat)]
+    importance[3] = [0.5] * 32
+    piad.grow(steps, importance, GROUPS, shapes.macs, shapes.macs(FULL) - 1)
+    assert steps[-1] == Widths(FULL.attn, (192, 186, 192))
+
+
+def test_an_unreachable_target_is_refused():
+    shapes = Shapes.of(tiny_supernet())
+    with pytest.raises(InputError, match="must be below"):
+        piad.grow([FULL], importance_by(lambda: 1.0)(FULL), GROUPS, shapes.macs, 1)
+
+
+def test_a_frozen_list_stays():
+    assert piad.target_cost(1000, 0.875, 60, 50) == piad.target_cost(1000, 0.875, 49, 50) == pytest.approx(125)
+
+
+def test_branch_costs_equal_a_direct_computation():
+    """With activations replayed, the costs are those of running the whole network without the branch."""
+    model = tiny_supernet().double()
+    set_widths(model, Widths((16, 0, 8), (192, 96, 192)))
+    batches = proxy_batches(12, 4, dtype=torch.float64)
+
+    @torch.no_grad()
+    def cost():
+        return sum(F.cross_entropy(model(x), y, reduction="sum").item() for x, y, _ in batches) / 12
+
+    got, without = branch_costs(model, batches, CPU)
+    assert got == pytest.approx(cost(), rel=1e-12)
+    for branch in range(6):
+        block = model.blocks[branch // 2]
+        widths = (block.attn_width, block.mlp_width)
+        block.set_widths(*((0, widths[1]) if branch % 2 == 0 else (widths[0], 0)))
+        assert without[branch] == pytest.approx(cost(), rel=1e-12)
+        block.set_widths(*widths)
+    assert without[2] == got, "a branch that is gone already costs nothing more"
+
+
+def test_unit_importance_closed_form():
+    model = tiny_supernet()
+    shapes, widths = Shapes.of(model), Widths((8, 16, 0), (96, 192, 192))
+    set_widths(model, widths)
+    statistics = collect_statistics(model, proxy_batches(), OBJECTIVES["label"], CPU, moments=False)
+    gammas = piad.sensitivity(2.0, [3.0, 1.0, 2.5, 2.0, 2.0, 4.0])
+    assert gammas == [0.5, 0.0, 0.25, 0.0, 0.0, 1.0]
+    importance = piad.unit_importance(gammas, statistics, widths, GROUPS, shapes, PAPER)
+    assert [len(units) for units in importance] == [4, 16, 8, 32, 0, 32]
+    assert sum(importance[0]) * GROUPS.attn * shapes.macs_per_attn_width(PAPER) == pytest.approx(0.5)
+    assert sum(importance[1]) == 0
+    taylor = statistics[2].taylor_mlp
+    expected = taylor[6:12].sum() / taylor.sum() / (6 * shapes.macs_per_mlp_width(PAPER))
+    assert importance[5][1] == pytest.approx(expected.item())
+
+
+def test_the_sampler_is_uniform_and_reaches_both_ends():
+    counts = torch.bincount(torch.tensor([piad.draw_step(3, step, 4) for step in range(5000)]), minlength=5)
+    assert len(counts) == 5
+    # Five standard deviations of a binomial with p = 1/5.
+    assert ((counts - 1000).abs() < 5 * (5000 * 0.2 * 0.8) ** 0.5).all()
+    assert piad.draw_step(3, 77, 4) == piad.draw_step(3, 77, 4)
+    assert {piad.draw_step(0, step, 0) for step in range(10)} == {0}
+
+
+def test_full_widths_of_the_tiny_vit():
+    assert full_widths(tiny_supernet()) == FULL

@@ -1,0 +1,248 @@
+"""The four scripts end to end on real digits: one rank, two gloo ranks, stopped and resumed, files in and out."""
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.store import load_supernet
+from models.vit import ModelSpec, full_widths, read_checkpoint, set_widths
+from models.width_table import Widths, WidthTable
+
+ROOT = Path(__file__).parents[1]
+# Deterministic augmentation is not needed for one rank against two: it is keyed by position. Mixup pairs the images
+# of one rank, and drop path draws per rank, so both are off here.
+PLAIN = ["--data-set", "DIGITS", "--device", "cpu", "--num-workers", "0"]
+TRAINING = [*PLAIN, "--model", "vit_digits", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--warmup-epochs", "0"]
+TRAINING += ["--proxy-samples", "64", "--grow-epochs", "2", "--epochs", "3", "--lr", "1e-3", "--no-repeated-aug"]
+FINETUNE = [o for o in TRAINING if o not in ("--proxy-samples", "64", "--grow-epochs", "2")]
+
+
+def run(*command, ranks=1, expect=0):
+    """Run a script of the repository in a process of its own; returns its output."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    result = subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A ViT trained on digits for three epochs."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run("tools/pretrain.py", *FINETUNE, "--output-dir", folder)
+    return folder / "pretrained.pth"
+
+
+@pytest.fixture(scope="session")
+def chain(pretrained, tmp_path_factory):
+    """Stages 1 and 2 with one rank and with two, at the same global batch: {ranks: folder}."""
+    folders = {}
+    for ranks in (1, 2):
+        folders[ranks] = folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        run(
+            "main_reparam.py", *PLAIN, "--model", "vit_digits", "--proxy-samples", "101", "--pretrained", pretrained,
+            "--batch-size", 32 // ranks, "--output-dir", folder / "reparam", ranks=ranks,
+        )  # fmt: skip
+        run(
+            "main_train.py", *TRAINING, "--batch-size", 64 // ranks, "--keep-last", "3", "--output-dir", folder,
+            "--pretrained", folders[1] / "reparam/reparamed.pth", ranks=ranks,
+        )  # fmt: skip
+    return folders
+
+
+def states(folder, name="checkpoint_2.pth", member="model"):
+    return read_checkpoint(folder / name)[member]
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_two_ranks_find_the_same_bases(chain):
+    one, two = (states(folder, "reparam/reparamed.pth") for folder in chain.values())
+    assert largest_difference(one, two) < 1e-4
+
+
+def test_two_ranks_train_the_same_table_and_weights(chain):
+    tables = [WidthTable.load(folder / "mask_table.json") for folder in chain.values()]
+    assert tables[0].steps == tables[1].steps
+    assert tables[0].last > 20
+    assert largest_difference(*(states(folder) for folder in chain.values())) < 5e-5
+    assert largest_difference(*(states(folder, member="model_ema") for folder in chain.values())) < 5e-5
+    moved = largest_difference(states(chain[1]), states(chain[1], "reparam/reparamed.pth"))
+    assert moved > 0.002, "training must have moved the weights by far more than the ranks differ"
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(chain, pretrained, tmp_path):
+    """With all of DeiT's randomness on: mixup, cutmix, RandAugment, erasing, drop path, repeated augmentation."""
+    options = [
+        *PLAIN, "--model", "vit_digits", "--proxy-samples", "64", "--grow-epochs", "3", "--epochs", "4",
+        "--batch-size", "64", "--pretrained", pretrained,
+    ]  # fmt: skip
+    run("main_train.py", *options, "--keep-last", "9", "--output-dir", tmp_path / "whole")
+    (tmp_path / "part").mkdir()
+    shutil.copy(tmp_path / "whole/checkpoint_1.pth", tmp_path / "part")
+    resume = ["--resume", tmp_path / "part/checkpoint_1.pth"]
+    run("main_train.py", *options, *resume, "--num-workers", "2", "--output-dir", tmp_path / "part")
+    for member in ("model", "model_ema"):
+        whole, part = (states(tmp_path / name, "checkpoint_3.pth", member) for name in ("whole", "part"))
+        assert all(torch.equal(whole[name], part[name]) for name in whole)
+    assert (tmp_path / "whole/mask_table.json").read_text() == (tmp_path / "part/mask_table.json").read_text()
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.txt").read_text().splitlines()] for n in ("whole", "part")]
+    for record in logs[0] + logs[1]:
+        del record["seconds"]
+    assert logs[0][2:] == logs[1]
+
+
+def test_main_test_walks_the_ladder_and_every_kind_of_budget(chain, tmp_path):
+    results = []
+    for ranks in (1, 2):
+        run("main_test.py", *PLAIN, "--checkpoint", chain[1], "--output-dir", tmp_path / str(ranks), ranks=ranks)
+        results.append(json.loads((tmp_path / str(ranks) / "results.json").read_text())["rows"])
+    assert [row["asked"] for row in results[0]] == [f"macs_ratio {s}" for s in ("1", "0.8333", "0.6667", "0.5", "0.3333")]
+    for one, two in zip(*results, strict=True):
+        assert one["macs"] <= float(one["asked"].split()[1]) * results[0][0]["macs"] + 1e3
+        assert (one["step"], one["top1"], one["parameters"]) == (two["step"], two["top1"], two["parameters"])
+    output = run(
+        "main_test.py", *PLAIN, "--checkpoint", chain[1], "--use-ema", "--op-code", "3", "-1", "--macs", "6M",
+        "--params", "300K", "--macs-ratio", "0.4", "--output-dir", tmp_path / "all",
+    )  # fmt: skip
+    with open(tmp_path / "all/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["asked"] for row in rows] == ["op_code 3", "op_code -1", "macs 6.00 M", "macs_ratio 0.4", "params 300.00 K"]
+    assert rows[0]["step"] == "3" and int(rows[2]["macs"]) <= 6e6 and int(rows[4]["parameters"]) <= 300e3
+    assert "main_finetune_peeled.py" in output
+
+
+def test_fine_tuning_and_its_checkpoint(chain, tmp_path):
+    folder = tmp_path / "tuned"
+    options = ["main_finetune_peeled.py", *FINETUNE, "--checkpoint", chain[1], "--macs-ratio", "0.3"]
+    output = run(*options, "--batch-size", "32", "--output-dir", folder, ranks=2)
+    assert "asked macs_ratio 0.3: step" in output
+    content = read_checkpoint(folder / "checkpoint_2.pth")
+    widths = Widths.from_dict(content["peeled"]["widths"])
+    assert widths in WidthTable.load(chain[1] / "mask_table.json").steps
+    run("main_test.py", *PLAIN, "--checkpoint", folder / "checkpoint_2.pth", "--output-dir", tmp_path / "test")
+    (row,) = json.loads((tmp_path / "test/results.json").read_text())["rows"]
+    logged = json.loads((folder / "log.txt").read_text().splitlines()[-1])
+    assert row["top1"] == pytest.approx(logged["test_top1"])
+    assert Widths.from_dict(row["widths"]) == widths
+    assert row["parameters"] == sum(value.numel() for value in content["model"].values())
+
+
+# ------------------------------------------------------------------------------------------ published files
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small", "vit_base"])
+@pytest.mark.parametrize("kind", ["everything", "model only", "bare"])
+def test_files_in_the_published_layout_load(name, kind, tmp_path):
+    """A checkpoint and table as published: no meta, all members or just weights, the model known by its folder."""
+    folder = tmp_path / name
+    folder.mkdir()
+    model = ModelSpec(name, 1000).build()
+    state = model.state_dict()
+    if kind == "everything":
+        optimizer = torch.optim.AdamW(model.parameters())
+        content = {
+            "model": state, "optimizer": optimizer.state_dict(), "lr_scheduler": {}, "epoch": 299, "scaler": {},
+            "model_ema": {key: value + 1 for key, value in state.items()}, "max_accuracy": 70.1,
+            "args": argparse.Namespace(model=name, lr=5e-4, data_path="/data"),
+        }  # fmt: skip
+    else:
+        content = {"model": state} if kind == "model only" else state
+    torch.save(content, folder / "checkpoint_299.pth")
+    heads = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}[name]
+    table = {}
+    for block in range(12):
+        table[f"{block}.mlp"] = {"0": 256 * heads, "1": 128 * heads, "2": 0, "-1": 0}
+        table[f"{block}.attn"] = {"0": 64, "1": 40, "2": 8, "-1": 8}
+    (folder / "mask_table.json").write_text(json.dumps(table))
+    args = argparse.Namespace(mask_table=None, use_ema=kind == "everything", model=None, input_size=None)
+    path = folder / "checkpoint_299.pth"
+    net = load_supernet(path, read_checkpoint(path), args)
+    assert net.spec == ModelSpec(name, 1000, None) and net.table.last == 2
+    assert net.table.steps[0] == full_widths(net.model)
+    offset = 1 if kind == "everything" else 0
+    assert torch.equal(net.model.blocks[3].mlp.fc2.weight, state["blocks.3.mlp.fc2.weight"] + offset)
+    set_widths(net.model, net.table.steps[1])
+    assert net.model.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
+
+
+def test_a_published_checkpoint_evaluates_on_imagenet_folders(tmp_path):
+    """The whole of main_test.py on a folder laid out like ImageNet, with a tiny model of another class count."""
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for index, wnid in enumerate(("n01440764", "n01443537", "n01484850")):
+            place = tmp_path / "imagenet" / split / wnid
+            place.mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (40 + number, 50), (80 * index, 10, 90)).save(place / f"{number}.JPEG")
+    folder = tmp_path / "peelable/vit_tiny"
+    folder.mkdir(parents=True)
+    torch.save({"model": ModelSpec("vit_tiny", 3).build().state_dict()}, folder / "checkpoint_0.pth")
+    table = {f"{b}.{k}": {"0": w, "1": w // 2, "-1": w // 2} for b in range(12) for k, w in (("attn", 64), ("mlp", 768))}
+    (folder / "mask_table.json").write_text(json.dumps(table))
+    options = ["--checkpoint", folder, "--data-path", tmp_path / "imagenet", "--num-workers", "0", "--device", "cpu"]
+    output = run("main_test.py", *options, "--op-code", "0", "1", "--output-dir", tmp_path / "out")
+    assert "1.08 G" in output
+    output = run("main_test.py", *options[:2], "--data-path", tmp_path / "nowhere", "--device", "cpu", "--op-code", "0", expect=2)
+    assert output.count("\n") <= 4 and "n01440764" in output and "Traceback" not in output
+
+
+# ------------------------------------------------------------------------------------------ input from users
+
+
+BAD = [
+    (["main_reparam.py", "--model", "vit_nonsense", "--data-set", "DIGITS"], "neither one of vit_tiny"),
+    (["main_reparam.py", "--model", "resnet18", "--data-set", "DIGITS"], "VisionTransformer"),
+    (["main_reparam.py", "--data-set", "DIGITS"], "--model is required"),
+    (["main_reparam.py", "--model", "vit_digits", "--data-set", "DIGITS"], "give --pretrained FILE"),
+    (["main_reparam.py", "--model", "vit_tiny", "--data-set", "DIGITS"], "timm/deit_tiny_patch16_224.fb_in1k"),
+    (["main_reparam.py", "--model", "vit_digits", "--data-set", "NOPE"], "--data_set NOPE"),
+    (["main_train.py", "--model", "vit_digits", "--pretrained", "nowhere.pth"], "main_reparam.py"),
+    (["main_test.py"], "give --checkpoint FOLDER"),
+    (["main_test.py", "--checkpoint", "nowhere"], "no such folder or file"),
+    (["main_test.py", "--macs", "many"], "not a number such as 8.44G"),
+    (["main_test.py", "--macs-ratio", "1.5"], "not in (0, 1]"),
+    (["main_test.py", "--device", "tpu"], "choose auto, cpu or cuda"),
+    (["main_train.py", "--epochs", "0"], "not at least 1"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD)
+def test_bad_input_is_one_line_and_a_non_zero_exit(command, message):
+    output = run(*command, expect=2)
+    assert message in output.replace("\n", " ") and "Traceback" not in output
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it-ran"),)
+
+    torch.save({"model": Attack()}, tmp_path / "checkpoint_0.pth")
+    output = run("main_test.py", "--checkpoint", tmp_path, "--device", "cpu", expect=2)
+    assert "refused" in output and not (tmp_path / "it-ran").exists()
+
+
+def test_a_checkpoint_with_another_head_is_refitted_and_said(pretrained, tmp_path):
+    output = run(
+        "main_reparam.py", *PLAIN, "--model", "vit_digits", "--proxy-samples", "16", "--pretrained", pretrained,
+        "--nb-classes", "13", "--output-dir", tmp_path,
+    )  # fmt: skip
+    assert "has 10 classes: replaced by a new one for 13" in output
+    assert read_checkpoint(tmp_path / "reparamed.pth")["model"]["head.weight"].shape == (13, 96)

@@ -1,0 +1,88 @@
+"""mask_table.json: round trip, what is refused, and budgets."""
+import json
+
+import pytest
+from conftest import tiny_supernet
+
+from models.cost import Shapes
+from models.width_table import Budget, Widths, WidthTable
+from utils import InputError, quantity
+
+TABLE = WidthTable(
+    [Widths((16,) * 3, (192,) * 3), Widths((16, 16, 14), (192,) * 3), Widths((16, 16, 14), (192, 96, 192)),
+     Widths((8, 0, 14), (192, 96, 0)), Widths((2, 0, 0), (6, 0, 0))]
+)  # fmt: skip
+
+
+def test_round_trip_in_the_published_layout():
+    content = json.loads(TABLE.to_json())
+    assert set(content) == {"meta"} | {f"{b}.{k}" for b in range(3) for k in ("attn", "mlp")}
+    assert content["0.attn"] == {"0": 16, "1": 16, "2": 16, "3": 8, "4": 2, "-1": 2}
+    assert WidthTable.from_json(TABLE.to_json(), "x").steps == TABLE.steps
+
+
+def test_member_order_meta_and_the_last_step_are_not_needed():
+    content = json.loads(TABLE.to_json())
+    del content["meta"]
+    for member in content.values():
+        del member["-1"]
+    shuffled = {name: dict(reversed(content[name].items())) for name in reversed(content)}
+    assert WidthTable.from_json(json.dumps(shuffled), "x").steps == TABLE.steps
+
+
+def damaged(change):
+    content = json.loads(TABLE.to_json())
+    change(content)
+    return json.dumps(content)
+
+
+BAD = {
+    "not JSON": "{",
+    "one object": "[1]",
+    "'0.attn' is missing": "{}",
+    "'1.mlp' is missing": damaged(lambda c: c.pop("1.mlp")),
+    "no step '2'": damaged(lambda c: c["0.mlp"].pop("2")),
+    "same steps": damaged(lambda c: [c["2.attn"].pop(step) for step in ("4", "-1")]),
+    "grows from 16 to 17": damaged(lambda c: c["0.attn"].update({"1": 17})),
+    "integers of at least 0": damaged(lambda c: c["0.attn"].update({"4": -2})),
+    "is '8'; widths": damaged(lambda c: c["0.attn"].update({"3": "8"})),
+    "is True; widths": damaged(lambda c: c["0.attn"].update({"4": True})),
+    "step '-1' is 3": damaged(lambda c: c["0.attn"].update({"-1": 3})),
+    "must map steps": damaged(lambda c: c.update({"0.attn": 5})),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_tables_are_refused_with_the_reason(message):
+    with pytest.raises(InputError, match=message):
+        WidthTable.from_json(BAD[message], "mask_table.json")
+
+
+def test_a_table_of_another_model_is_refused():
+    with pytest.raises(InputError, match="3 blocks, the model 2"):
+        TABLE.check_fits(Widths((16, 16), (192, 192)), "x")
+    with pytest.raises(InputError, match="another model"):
+        TABLE.check_fits(Widths((32,) * 3, (192,) * 3), "x")
+
+
+def test_a_budget_is_never_exceeded_and_the_largest_within_it_is_taken():
+    shapes = Shapes.of(tiny_supernet())
+    for kind, cost in (("macs", shapes.macs), ("params", shapes.parameters)):
+        costs = [cost(widths) for widths in TABLE.steps]
+        for budget in [*costs, *(c + 1 for c in costs[1:]), *(c - 1 for c in costs[:-1])]:
+            step = Budget(kind, budget).step(TABLE, shapes)
+            assert costs[step] <= budget
+            assert step == 0 or costs[step - 1] > budget
+        with pytest.raises(InputError, match="networks from"):
+            Budget(kind, costs[-1] - 1).step(TABLE, shapes)
+        with pytest.raises(InputError, match="networks from"):
+            Budget(kind, costs[0] * 1.01).step(TABLE, shapes)
+    assert Budget("macs_ratio", 1.0).step(TABLE, shapes) == 0
+    assert Budget("op_code", -1).step(TABLE, shapes) == Budget("op_code", 4).step(TABLE, shapes) == 4
+    for step in (5, -2):
+        with pytest.raises(InputError, match="from 0 to 4"):
+            Budget("op_code", step).step(TABLE, shapes)
+
+
+def test_quantities_have_human_units():
+    assert [quantity(text) for text in ("8.44G", "40M", "12k", "7")] == [8.44e9, 40e6, 12e3, 7]

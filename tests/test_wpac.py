@@ -1,0 +1,181 @@
+"""Function preservation of both bases, closed forms of the solvers, statistics against a direct computation."""
+import copy
+
+import pytest
+import torch
+from conftest import proxy_batches, random_images, tiny_supernet
+
+from models.statistics import OBJECTIVES, Moments, collect_statistics
+from models.vit import set_widths
+from models.width_table import Widths
+from models.wpac import output_basis, pca_basis, query_key_basis, reparameterise, symmetric_power
+from utils import InputError
+
+CPU = torch.device("cpu")
+
+
+def statistics_of(model, **kwargs):
+    dtype = next(model.parameters()).dtype
+    return collect_statistics(model, proxy_batches(dtype=dtype), OBJECTIVES["label"], CPU, **kwargs)
+
+
+@torch.no_grad()
+def relative_difference(before, after, images):
+    expected = before(images)
+    return ((after(images) - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("basis", ["balanced", "pca"])
+@pytest.mark.parametrize("objective", ["label", "feature"])
+@pytest.mark.parametrize("kwargs", [{}, {"qkv_bias": False}, {"proj_bias": False}, {"init_values": 0.5}])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_both_bases_preserve_the_function(basis, objective, kwargs, dtype, tolerance):
+    model = tiny_supernet(**kwargs).to(dtype)
+    original = copy.deepcopy(model)
+    statistics = collect_statistics(model, proxy_batches(dtype=dtype), OBJECTIVES[objective], CPU)
+    reparameterise(model, statistics, basis)
+    changed = (model.blocks[0].attn.qkv.weight - original.blocks[0].attn.qkv.weight).abs().max()
+    assert changed > 0.1, "the weights were not rewritten at all"
+    assert relative_difference(original, model, random_images(8, dtype=dtype)) < tolerance
+
+
+def test_dead_heads_and_too_few_tokens_do_not_fail():
+    model = tiny_supernet().double()
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.view(3, 3, 16, 48)[:, 1] = 0
+        model.blocks[1].attn.qkv.bias.view(3, 3, 16)[:, 1] = 0
+        model.blocks[2].attn.proj.weight.zero_()
+    original = copy.deepcopy(model)
+    batches = proxy_batches(count=1, batch=1, dtype=torch.float64)
+    for basis in ("balanced", "pca"):
+        model = copy.deepcopy(original)
+        reparameterise(model, collect_statistics(model, batches, OBJECTIVES["label"], CPU), basis)
+        assert relative_difference(original, model, random_images(8, dtype=torch.float64)) < 1e-9
+
+
+def test_balanced_rows_have_equal_norms():
+    model = tiny_supernet()
+    reparameterise(model, statistics_of(model), "balanced")
+    attn = model.blocks[0].attn
+    q, k, v = attn.qkv.weight.view(3, 48, 48)
+    q_bias, k_bias, v_bias = attn.qkv.bias.view(3, 48)
+    norm = lambda w, b: (w.square().sum(1) + b.square()).sqrt()  # noqa: E731
+    assert torch.allclose(norm(q, q_bias), norm(k, k_bias), rtol=1e-4)
+    assert torch.allclose(norm(v, v_bias), attn.proj.weight.norm(dim=0), rtol=1e-4)
+
+
+def random_covariance(heads, d, seed):
+    root = torch.randn(heads, d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return root @ root.mT
+
+
+def test_pca_basis_diagonalises_in_descending_order():
+    covariance = random_covariance(3, 6, 0)
+    u = pca_basis(covariance)
+    diagonal = u.mT @ covariance @ u
+    values = diagonal.diagonal(dim1=-2, dim2=-1)
+    assert torch.allclose(u.mT @ u, torch.eye(6, dtype=torch.float64).expand(3, 6, 6), atol=1e-12)
+    assert torch.allclose(diagonal, torch.diag_embed(values), atol=1e-10)
+    assert (values.diff(dim=-1) <= 0).all()
+
+
+def test_query_key_basis_is_exact_and_optimal():
+    """map_q^T map_k = I, and the error of keeping k dimensions is the tail of the singular values: the optimum."""
+    moment_q, covariance_k = random_covariance(2, 5, 1), random_covariance(2, 5, 2)
+    map_q, map_k = query_key_basis(moment_q, covariance_k)
+    assert torch.allclose(map_q.mT @ map_k, torch.eye(5, dtype=torch.float64).expand(2, 5, 5), atol=1e-9)
+    values = torch.linalg.svdvals(symmetric_power(moment_q, 0.5) @ symmetric_power(covariance_k, 0.5))
+    for kept in range(1, 5):
+        lost = torch.eye(5, dtype=torch.float64) - map_q[:, :kept].mT @ map_k[:, :kept]
+        # E[(q^T lost k)^2] = tr(Sigma_q lost Sigma_k lost^T)
+        error = (moment_q @ lost @ covariance_k @ lost.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
+        assert torch.allclose(error, values[:, kept:].square().sum(-1), rtol=1e-8)
+
+
+def test_output_basis_is_exact_and_optimal():
+    """to @ back = I, and the lost output energy is the tail of the singular values of G^(1/2) W_o Sigma^(1/2)."""
+    covariance, gram = random_covariance(2, 5, 3), random_covariance(1, 8, 4)[0]
+    proj = torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    to, back = output_basis(covariance, gram, proj)
+    assert torch.allclose(to @ back, torch.eye(5, dtype=torch.float64).expand(2, 5, 5), atol=1e-9)
+    values = torch.linalg.svdvals(symmetric_power(gram, 0.5) @ proj @ symmetric_power(covariance, 0.5))
+    for kept in range(1, 5):
+        lost = proj - proj @ back[:, :, :kept] @ to[:, :kept]
+        error = (gram @ lost @ covariance @ lost.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
+        assert torch.allclose(error, values[:, kept:].square().sum(-1), rtol=1e-6)
+
+
+def test_weighted_moments_equal_the_direct_computation():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 50, 4, dtype=torch.float64, generator=generator) + 3
+    w = torch.rand(2, 50, dtype=torch.float64, generator=generator)
+    moments = Moments(2, 4, CPU)
+    for part_x, part_w in zip(x.split(7, dim=1), w.split(7, dim=1), strict=True):
+        moments.add(part_x, part_w)
+    centred = x - x.mean(1, keepdim=True)
+    direct = torch.einsum("gn,gni,gnj->gij", w, centred, centred) / w.sum(1)[:, None, None]
+    assert torch.allclose(moments.mean, x.mean(1))
+    assert torch.allclose(moments.about(moments.mean), direct, atol=1e-10)
+
+
+def test_taylor_sums_equal_autograd_on_retained_activations():
+    model = tiny_supernet().double()
+    images, labels, _ = proxy_batches(count=6, batch=6, dtype=torch.float64)[0]
+    kept = {}
+    handle = model.blocks[1].mlp.act.register_forward_hook(lambda m, i, o: (o.retain_grad(), kept.update(a=o))[0])
+    model(images).gather(1, labels[:, None]).sum().backward()
+    handle.remove()
+    product = (kept["a"] * kept["a"].grad).abs()
+    sums = collect_statistics(model, proxy_batches(6, 6, dtype=torch.float64), OBJECTIVES["label"], CPU)[1]
+    assert torch.allclose(sums.taylor_mlp, product.sum((0, 1)), rtol=1e-5)
+    assert torch.allclose(sums.hessian_mlp, product.square().sum((0, 1)), rtol=1e-5)
+
+
+def test_statistics_do_not_depend_on_the_batch_size():
+    model = tiny_supernet().double()
+    one, other = (
+        collect_statistics(model, proxy_batches(24, batch, dtype=torch.float64), OBJECTIVES["label"], CPU)
+        for batch in (3, 24)
+    )
+    for a, b in zip(one, other, strict=True):
+        assert torch.allclose(a.grad_z.s2, b.grad_z.s2, rtol=1e-9)
+        assert torch.allclose(a.theta_v.s2, b.theta_v.s2, rtol=1e-9)
+        assert torch.allclose(a.output_gram, b.output_gram, rtol=1e-4, atol=1e-6 * b.output_gram.abs().max())
+
+
+def test_statistics_of_a_sliced_network_and_flags_left_as_they_were():
+    model = tiny_supernet().train()
+    model.head.weight.requires_grad_(False)
+    set_widths(model, Widths((4, 0, 16), (192, 12, 0)))
+    sums = statistics_of(model, moments=False)
+    assert sums[0].taylor_attn.shape == (3, 4) and sums[1].taylor_mlp.shape == (12,)
+    assert sums[1].taylor_attn.shape == (3, 0) and sums[2].taylor_mlp.shape == (0,)
+    assert model.training and not model.head.weight.requires_grad and model.head.bias.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bad_proxy_sets_are_named():
+    with pytest.raises(InputError, match="empty"):
+        collect_statistics(tiny_supernet(), [], OBJECTIVES["label"], CPU)
+    model = tiny_supernet()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.bias[0] = float("nan")
+    with pytest.raises(InputError, match="block 0|block 1"):
+        statistics_of(model)
+
+
+@torch.no_grad()
+def test_truncation_after_balanced_beats_pca_beats_unrotated():
+    """The order of METHOD's table, on the attention of a random network, by mean squared change of the logits."""
+    images, widths = random_images(32), Widths((4,) * 3, (192,) * 3)
+    errors = {}
+    for basis in (None, "pca", "balanced"):
+        model = tiny_supernet()
+        original = model(images)
+        if basis:
+            with torch.enable_grad():
+                statistics = statistics_of(model)
+            reparameterise(model, statistics, basis)
+        set_widths(model, widths)
+        errors[basis] = (model(images) - original).square().mean().item()
+    assert errors["balanced"] < errors["pca"] < errors[None]

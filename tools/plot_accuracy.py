@@ -1,0 +1,60 @@
+"""Draw accuracy against MACs of several main_test.py runs over one ladder, and print the table behind the chart."""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import InputError, human, run_stage, whole_file
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("png", type=Path, help="the chart to write")
+    parser.add_argument("curves", nargs="+", help="LABEL=FOLDER, the --output_dir of a main_test.py run")
+    parser.add_argument("--title", default="Accuracy against cost")
+    return parser.parse_args()
+
+
+def load_curve(text):
+    label, equals, folder = text.partition("=")
+    path = Path(folder) / "results.json"
+    if not equals or not path.is_file():
+        raise InputError(f"{text}: expected LABEL=FOLDER with the results.json of a main_test.py run in it")
+    return label, json.loads(path.read_text())["rows"]
+
+
+def draw(curves, title, path):
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for (label, rows), marker in zip(curves, "osD^v<>p" * len(curves), strict=False):
+        axes.plot([r["macs"] / 1e6 for r in rows], [r["top1"] for r in rows], marker=marker, label=label)
+    axes.set(xlabel="MACs per image, millions (the paper's convention)", ylabel="top-1 accuracy, %", title=title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def main(args):
+    curves = [load_curve(text) for text in args.curves]
+    macs = [[row["macs"] for row in rows] for _, rows in curves]
+    if any(m != macs[0] for m in macs):
+        raise InputError("the runs do not share one ladder: give all of them the same table and budgets")
+    for index, (label, _) in enumerate(curves):
+        print(f"({chr(97 + index)}) {label}")
+    print("      MACs" + "".join(f"{f'({chr(97 + i)})':>8}" for i in range(len(curves))))
+    for index, cost in enumerate(macs[0]):
+        print(f"{human(cost):>10}" + "".join(f"{rows[index]['top1']:8.2f}" for _, rows in curves))
+    draw(curves, args.title, args.png)
+    print(f"wrote {args.png}")
+
+
+if __name__ == "__main__":
+    run_stage(main, get_args())
