@@ -22,7 +22,7 @@ ALIASES = {
     "vit_base": ("deit_base_patch16_224", {}),
     "vit_digits": (
         "vit_tiny_patch16_224",
-        {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
+        {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
     ),
     "vit_fashion": (
         "vit_tiny_patch16_224",

@@ -85,7 +85,7 @@ def test_gradients_of_a_sliced_network_reach_the_kept_prefix_alone():
 def test_peeled_description_round_trip():
     from models.vit import ModelSpec
 
-    spec, widths = ModelSpec("vit_digits", 10), Widths((32, 8, 0, 4, 0, 16), (384, 0, 12, 24, 0, 36))
+    spec, widths = ModelSpec("vit_digits", 10), Widths((16, 8, 0, 0), (256, 0, 8, 0))
     network = peel.extract(as_supernet(spec.build()), widths)
     content = {"peeled": peel.describe(spec, widths), "model": network.state_dict()}
     again, spec_again, widths_again = peel.load_peeled(content, "a test")
