@@ -1,4 +1,5 @@
 """Data sets by DeiT's names, their transforms, and loaders whose randomness does not depend on ranks or workers."""
+
 import gzip
 import random
 from pathlib import Path
@@ -48,7 +49,7 @@ def _digits(root, train):
 
 
 def _fashion_mnist(root, train):
-    """Fashion-MNIST from gzipped IDX files in ``root`` (as Debian's dataset-fashion-mnist has them), or torchvision's."""
+    """Fashion-MNIST from gzipped IDX files in ``root``, as Debian's dataset-fashion-mnist, or torchvision's."""
     stem = "train" if train else "t10k"
     files = [Path(root) / f"{stem}-images-idx3-ubyte.gz", Path(root) / f"{stem}-labels-idx1-ubyte.gz"]
     if all(file.is_file() for file in files):
@@ -110,7 +111,7 @@ DATA_SETS = {
 
 
 def load_images(args, train):
-    """The images of ``args.data_set`` below ``args.data_path``, untransformed. Raises InputError if they are not there."""
+    """The images of ``args.data_set`` below ``args.data_path``, untransformed. Raises InputError if they are absent."""
     if args.data_set in DATA_SETS:
         return DATA_SETS[args.data_set](args.data_path, train)
     try:
@@ -225,7 +226,7 @@ class KeyedSampler:
 
 
 def train_loader(images, transform, args):
-    """Shuffled batches of ``args.batch_size`` images per rank, incomplete ones dropped. Raises InputError if none is left."""
+    """Shuffled batches of ``args.batch_size`` images per rank, incomplete ones dropped. Raises InputError if none are."""
     place = {"num_replicas": utils.world_size(), "rank": utils.rank()}
     if args.repeated_aug:
         base = RepeatAugSampler(images, num_repeats=3, **place)
@@ -247,9 +248,9 @@ def eval_loader(images, transform, args):
 
 
 def proxy_loader(images, transform, args):
-    """The proxy set: ``args.proxy_samples`` training images chosen by the seed, evaluation transform, sharded over ranks.
+    """The proxy set: ``args.proxy_samples`` training images chosen by the seed, sharded over ranks.
 
-    Batches are (images, labels, positions in the data set). Raises InputError if there are fewer images than asked for.
+    Batches are (images, labels, positions in the data set). Raises InputError if there are too few images.
     """
     if args.proxy_samples > len(images):
         raise InputError(f"--proxy_samples {args.proxy_samples}: the training set has {len(images)} images")

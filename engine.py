@@ -1,4 +1,5 @@
 """Training for one epoch, evaluating, and measuring what the removal of each residual branch costs."""
+
 import math
 
 import torch
@@ -33,9 +34,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.start_epoch, self.max_accuracy = 0, 0.0
         # A sub-network without a branch leaves that branch's parameters out of the backward pass.
-        self.parallel = (
-            DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
-        )
+        self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
 
     def checkpoint(self, epoch):
         """The published layout (FORMATS)."""

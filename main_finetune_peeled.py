@@ -1,4 +1,5 @@
 """Stage 4: peel one sub-network off a super-network and fine-tune it by itself."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,9 @@ def main(args):
     run, description = Run(network, args, device, len(train)), peel.describe(spec, widths)
     if args.resume and run.restore(args.resume).get("peeled") != description:
         raise InputError(f"--resume {args.resume}: it holds another sub-network than the one asked for")
-    say(f"before fine-tuning: top-1 {evaluate(network, test, device, args.amp)['top1']:.2f}, learning rate {run.lr:.2e}")
+    say(
+        f"before fine-tuning: top-1 {evaluate(network, test, device, args.amp)['top1']:.2f}, learning rate {run.lr:.2e}"
+    )
 
     for epoch in range(run.start_epoch, args.epochs):
         train.sampler.set_epoch(epoch)

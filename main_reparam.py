@@ -1,4 +1,5 @@
 """Stage 1: rewrite a pre-trained ViT so that every prefix of its dimensions keeps as much as possible (WPAC)."""
+
 import copy
 import json
 from pathlib import Path
@@ -88,7 +89,8 @@ def main(args):
     for index, block in enumerate(report):
         say(f"block {index:2d}: {concentration(block)}")
     say(f"wrote {output / 'reparamed.pth'} and report.json; next:")
-    say(f"  python main_train.py --model {args.model} --pretrained {output / 'reparamed.pth'} --data_set {args.data_set}")
+    weights = output / "reparamed.pth"
+    say(f"  python main_train.py --model {args.model} --pretrained {weights} --data_set {args.data_set}")
 
 
 def concentration(block):

@@ -1,4 +1,5 @@
 """Stage 3: cut sub-networks of any size out of a super-network, evaluate them, and write a table of them."""
+
 import csv
 import io
 import json
@@ -94,7 +95,11 @@ def show(rows):
         ))  # fmt: skip
     lengths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
-        say("  ".join(word.rjust(n) if i else word.ljust(n) for i, (word, n) in enumerate(zip(line, lengths, strict=True))))
+        say(
+            "  ".join(
+                word.rjust(n) if i else word.ljust(n) for i, (word, n) in enumerate(zip(line, lengths, strict=True))
+            )
+        )
 
 
 def as_csv(rows):

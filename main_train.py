@@ -1,4 +1,5 @@
 """Stage 2: train the super-network with progressive importance-aware dropout (PIAD)."""
+
 import json
 import time
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Command-line options that several stages share, with DeiT's names and defaults."""
+
 from utils import StageParser, fraction, non_negative_int, positive_int, quantity
 
 

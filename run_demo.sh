@@ -4,7 +4,8 @@
 set -e
 cd "$(dirname "$0")"
 OUTPUT=${OUTPUT:-output/demo}
-. tools/setup.sh requirements.txt
+REQUIREMENTS=requirements.txt
+. tools/setup.sh
 
 DATA="--model vit_digits --data-set DIGITS --device cpu --num-workers 0"
 # 1,198 images of 8 x 8 pixels: shifts are augmentation enough, and a plain recipe learns them best.

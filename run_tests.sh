@@ -2,5 +2,6 @@
 # Set up and run the tests: sh run_tests.sh [pytest options]. The longer checks: sh run_tests.sh -m slow
 set -e
 cd "$(dirname "$0")"
-. tools/setup.sh requirements.txt tests/requirements.txt
+REQUIREMENTS="requirements.txt tests/requirements.txt"
+. tools/setup.sh
 exec "$PYTHON" -m pytest tests "$@"

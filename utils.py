@@ -1,4 +1,5 @@
 """Start-up, ranks, keyed randomness, command lines and whole files: what every stage shares."""
+
 import argparse
 import json
 import os

@@ -1,4 +1,5 @@
 """Multiply-accumulates and parameters of a ViT at any widths, computed from shapes alone."""
+
 from dataclasses import dataclass
 
 from torch import nn

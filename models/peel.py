@@ -1,4 +1,5 @@
 """Peeling: widths -> a stand-alone network of stock timm modules that knows nothing of the super-network."""
+
 import copy
 from collections import OrderedDict
 from dataclasses import asdict

@@ -3,6 +3,7 @@
 A unit is the smallest thing that can be dropped: 1/8 of the head width (in all heads of a block together) or 1/32
 of the hidden width. METHOD section 3; paper, section on PIAD.
 """
+
 import heapq
 from dataclasses import dataclass
 
@@ -92,9 +93,10 @@ def grow(steps, importance, groups, cost, target):
     """
     smallest = Widths((0,) * len(steps[0].attn), (0,) * len(steps[0].mlp))
     if cost(smallest) > target:
+        left = cost(smallest) / cost(steps[0])
         raise InputError(
-            f"--drop_ratio leaves {target / cost(steps[0]):.3f} of the MACs; with every branch gone "
-            f"{cost(smallest) / cost(steps[0]):.3f} are left, so it must be below {1 - cost(smallest) / cost(steps[0]):.3f}"
+            f"--drop_ratio leaves {target / cost(steps[0]):.3f} of the MACs; with every branch gone {left:.3f} are left, "
+            f"so it must be below {1 - left:.3f}"
         )
     queues = [drop_order(units) for units in importance]
     heap = [(queue[0][0], branch, 0) for branch, queue in enumerate(queues) if queue]

@@ -2,6 +2,7 @@
 
 Nothing is kept per token: each batch is reduced to sums in float64 as its gradients arrive, and then forgotten.
 """
+
 from dataclasses import dataclass, fields
 
 import torch
@@ -168,7 +169,9 @@ def collect_statistics(model, batches, objective, device, moments=True, amp="non
     taps = [_BlockTap(block, device, moments) for block in model.blocks]
     seen = torch.zeros((), device=device)
     try:
-        for images, labels, positions in tqdm(batches, desc="statistics", disable=None if utils.is_main() else True, leave=False):
+        for images, labels, positions in tqdm(
+            batches, desc="statistics", disable=None if utils.is_main() else True, leave=False
+        ):
             images = images.to(device).requires_grad_()
             with utils.autocast(device, amp):
                 value = objective(model, images, labels.to(device), positions)

@@ -1,4 +1,5 @@
 """Super-networks on disk: a folder with checkpoint_N.pth and mask_table.json, published ones and our own alike."""
+
 import argparse
 import re
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from models.cost import MATMULS, Shapes
-from models.vit import ALIASES, ModelSpec, as_supernet, full_widths, load_weights, read_checkpoint
+from models.vit import ALIASES, ModelSpec, as_supernet, full_widths, load_weights
 from models.width_table import WidthTable
 from utils import InputError
 
@@ -49,8 +50,8 @@ def resolve(args):
 def load_supernet(path, content, args, **kwargs):
     """Build the super-network of the checkpoint ``content`` (``read_checkpoint``) that was found at ``path``.
 
-    ``kwargs`` go to timm, e.g. drop_path_rate. The model's name comes from --model, else from the table's meta, the checkpoint's args or the folder's name.
-    Raises InputError if weights, table and model do not belong together.
+    The model's name comes from --model, else from the table's meta, the checkpoint's args or the folder's name.
+    ``kwargs`` go to timm, e.g. drop_path_rate. Raises InputError if weights, table and model do not belong together.
     """
     table_path = Path(args.mask_table) if args.mask_table else path.parent / TABLE_NAME
     table = WidthTable.load(table_path)

@@ -1,4 +1,5 @@
 """Creating and loading a pre-trained ViT, and turning it into a network whose branches can be any prefix wide."""
+
 import argparse
 import pickle
 from dataclasses import dataclass
@@ -52,9 +53,7 @@ class ModelSpec:
             )
         if self.img_size is not None:
             kwargs["img_size"] = self.img_size
-        model = timm.create_model(
-            timm_name, pretrained=pretrained, num_classes=self.num_classes, **{**fixed, **kwargs}
-        )
+        model = timm.create_model(timm_name, pretrained=pretrained, num_classes=self.num_classes, **{**fixed, **kwargs})
         if not isinstance(model, VisionTransformer):
             raise InputError(f"--model {self.name}: a {type(model).__name__}; supported is timm's VisionTransformer")
         return model

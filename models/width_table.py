@@ -1,4 +1,5 @@
 """The kept widths of every block, the table of them (one entry for each step of the dropout list), and budgets."""
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,9 @@ class WidthTable:
         columns = [_column(content, name, source) for name in _expected_names(content, source)]
         if any(len(column) != len(columns[0]) for column in columns):
             raise InputError(f"{source}: its members do not all have the same steps")
-        return cls([Widths.from_flat(row) for row in zip(*columns, strict=True)], meta if isinstance(meta, dict) else {})
+        return cls(
+            [Widths.from_flat(row) for row in zip(*columns, strict=True)], meta if isinstance(meta, dict) else {}
+        )
 
     @classmethod
     def load(cls, path):
@@ -107,7 +110,7 @@ class Budget:
         return f"{self.kind} {human(self.value) if self.kind in ('macs', 'params') else f'{self.value:.4g}'}"
 
     def step(self, table, shapes):
-        """The largest step of ``table`` within this budget. Raises InputError with what is reachable if there is none."""
+        """The largest step of ``table`` within this budget. Raises InputError with the reachable range."""
         if self.kind == "op_code":
             step = table.last if self.value == -1 else self.value
             if not 0 <= step <= table.last:

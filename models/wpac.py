@@ -3,6 +3,7 @@
 Solvers are pure functions on float64 tensors, batched over heads; ``reparameterise`` rewrites the weights with them.
 Every rewrite preserves the network's function at full width.
 """
+
 import torch
 from einops import rearrange
 

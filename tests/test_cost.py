@@ -1,4 +1,5 @@
 """MACs and parameters against the paper's printed figures, fvcore, and the published sub-networks."""
+
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ from fvcore.nn import FlopCountAnalysis
 from models import peel
 from models.cost import MATMULS, PAPER, Shapes
 from models.vit import ModelSpec, as_supernet, full_widths
+from models.width_table import Widths
 
 
 def deit_shapes(name):
@@ -88,9 +90,7 @@ PUBLISHED = [
 @pytest.mark.parametrize(("name", "macs", "parameters", "tolerance"), PUBLISHED)
 def test_published_sub_networks_are_reachable(name, macs, parameters, tolerance):
     """Some numbers of kept units and removed branches give both printed figures of a row."""
-    from models.width_table import Widths
-
-    shapes, full = deit_shapes(name)
+    shapes, _ = deit_shapes(name)
     empty = Widths((0,) * 12, (0,) * 12)
     unit_attn, unit_mlp = shapes.head_width // 8, shapes.hidden // 32
 

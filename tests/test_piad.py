@@ -1,4 +1,6 @@
 """Importance, pool-adjacent-violators, the growth of the dropout list, and the sampler."""
+
+import itertools
 import random
 from fractions import Fraction
 
@@ -74,7 +76,7 @@ def test_the_list_is_monotone_valid_and_ends_at_the_target(kind):
             "ties": lambda: float(generator.randint(0, 2))}[kind]  # fmt: skip
     steps, shapes = grown(importance_by(draw))
     assert steps[0] == FULL
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         changed = [b for b in range(6) if before.flat[b] != after.flat[b]]
         assert len(changed) == 1 and after.flat[changed[0]] < before.flat[changed[0]]
         assert after.flat[changed[0]] % GROUPS.size(changed[0]) == 0 and after.flat[changed[0]] >= 0

@@ -1,4 +1,5 @@
 """Sliced == extracted == zero-masked, stock modules only, and the full width is timm's own network."""
+
 import copy
 
 import pytest
@@ -101,9 +102,7 @@ def test_widths_that_do_not_fit_are_refused():
             set_widths(supernet, widths)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "named"), [({"qk_norm": True}, "q/k norm"), ({"scale_mlp_norm": True}, "MLP norm")]
-)
+@pytest.mark.parametrize(("kwargs", "named"), [({"qk_norm": True}, "q/k norm"), ({"scale_mlp_norm": True}, "MLP norm")])
 def test_attention_that_cannot_be_cut_is_refused_by_name(kwargs, named):
     with pytest.raises(InputError, match=named):
         as_supernet(tiny_vit(**kwargs))

@@ -1,4 +1,5 @@
 """The four scripts end to end on real digits: one rank, two gloo ranks, stopped and resumed, files in and out."""
+
 import argparse
 import csv
 import json
@@ -19,7 +20,19 @@ ROOT = Path(__file__).parents[1]
 # Deterministic augmentation is not needed for one rank against two: it is keyed by position. Mixup pairs the images
 # of one rank, and drop path draws per rank, so both are off here.
 PLAIN = ["--data-set", "DIGITS", "--device", "cpu", "--num-workers", "0"]
-TRAINING = [*PLAIN, "--model", "vit_digits", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--warmup-epochs", "0"]
+TRAINING = [
+    *PLAIN,
+    "--model",
+    "vit_digits",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--drop-path",
+    "0",
+    "--warmup-epochs",
+    "0",
+]
 TRAINING += ["--proxy-samples", "64", "--grow-epochs", "2", "--epochs", "3", "--lr", "1e-3", "--no-repeated-aug"]
 FINETUNE = [o for o in TRAINING if o not in ("--proxy-samples", "64", "--grow-epochs", "2")]
 
@@ -101,7 +114,9 @@ def test_resumed_equals_uninterrupted_to_the_bit(chain, pretrained, tmp_path):
         whole, part = (states(tmp_path / name, "checkpoint_3.pth", member) for name in ("whole", "part"))
         assert all(torch.equal(whole[name], part[name]) for name in whole)
     assert (tmp_path / "whole/mask_table.json").read_text() == (tmp_path / "part/mask_table.json").read_text()
-    logs = [[json.loads(line) for line in (tmp_path / n / "log.txt").read_text().splitlines()] for n in ("whole", "part")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.txt").read_text().splitlines()] for n in ("whole", "part")
+    ]
     for record in logs[0] + logs[1]:
         del record["seconds"]
     assert logs[0][2:] == logs[1]
@@ -112,7 +127,9 @@ def test_main_test_walks_the_ladder_and_every_kind_of_budget(chain, tmp_path):
     for ranks in (1, 2):
         run("main_test.py", *PLAIN, "--checkpoint", chain[1], "--output-dir", tmp_path / str(ranks), ranks=ranks)
         results.append(json.loads((tmp_path / str(ranks) / "results.json").read_text())["rows"])
-    assert [row["asked"] for row in results[0]] == [f"macs_ratio {s}" for s in ("1", "0.8333", "0.6667", "0.5", "0.3333")]
+    assert [row["asked"] for row in results[0]] == [
+        f"macs_ratio {s}" for s in ("1", "0.8333", "0.6667", "0.5", "0.3333")
+    ]
     for one, two in zip(*results, strict=True):
         assert one["macs"] <= float(one["asked"].split()[1]) * results[0][0]["macs"] + 1e3
         assert (one["step"], one["top1"], one["parameters"]) == (two["step"], two["top1"], two["parameters"])
@@ -122,7 +139,13 @@ def test_main_test_walks_the_ladder_and_every_kind_of_budget(chain, tmp_path):
     )  # fmt: skip
     with open(tmp_path / "all/results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["asked"] for row in rows] == ["op_code 3", "op_code -1", "macs 2.00 M", "macs_ratio 0.4", "params 100.00 K"]
+    assert [row["asked"] for row in rows] == [
+        "op_code 3",
+        "op_code -1",
+        "macs 2.00 M",
+        "macs_ratio 0.4",
+        "params 100.00 K",
+    ]
     assert rows[0]["step"] == "3" and int(rows[2]["macs"]) <= 2e6 and int(rows[4]["parameters"]) <= 100e3
     assert "main_finetune_peeled.py" in output
 
@@ -194,12 +217,16 @@ def test_a_published_checkpoint_evaluates_on_imagenet_folders(tmp_path):
     folder = tmp_path / "peelable/vit_tiny"
     folder.mkdir(parents=True)
     torch.save({"model": ModelSpec("vit_tiny", 3).build().state_dict()}, folder / "checkpoint_0.pth")
-    table = {f"{b}.{k}": {"0": w, "1": w // 2, "-1": w // 2} for b in range(12) for k, w in (("attn", 64), ("mlp", 768))}
+    table = {
+        f"{b}.{k}": {"0": w, "1": w // 2, "-1": w // 2} for b in range(12) for k, w in (("attn", 64), ("mlp", 768))
+    }
     (folder / "mask_table.json").write_text(json.dumps(table))
     options = ["--checkpoint", folder, "--data-path", tmp_path / "imagenet", "--num-workers", "0", "--device", "cpu"]
     output = run("main_test.py", *options, "--op-code", "0", "1", "--output-dir", tmp_path / "out")
     assert "1.08 G" in output
-    output = run("main_test.py", *options[:2], "--data-path", tmp_path / "nowhere", "--device", "cpu", "--op-code", "0", expect=2)
+    output = run(
+        "main_test.py", *options[:2], "--data-path", tmp_path / "nowhere", "--device", "cpu", "--op-code", "0", expect=2
+    )
     assert output.count("\n") <= 4 and "n01440764" in output and "Traceback" not in output
 
 

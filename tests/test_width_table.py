@@ -1,4 +1,5 @@
 """mask_table.json: round trip, what is refused, and budgets."""
+
 import json
 
 import pytest

@@ -1,4 +1,5 @@
 """Function preservation of both bases, closed forms of the solvers, statistics against a direct computation."""
+
 import copy
 
 import pytest
@@ -59,7 +60,10 @@ def test_balanced_rows_have_equal_norms():
     attn = model.blocks[0].attn
     q, k, v = attn.qkv.weight.view(3, 48, 48)
     q_bias, k_bias, v_bias = attn.qkv.bias.view(3, 48)
-    norm = lambda w, b: (w.square().sum(1) + b.square()).sqrt()  # noqa: E731
+
+    def norm(weight, bias):
+        return (weight.square().sum(1) + bias.square()).sqrt()
+
     assert torch.allclose(norm(q, q_bias), norm(k, k_bias), rtol=1e-4)
     assert torch.allclose(norm(v, v_bias), attn.proj.weight.norm(dim=0), rtol=1e-4)
 
@@ -160,7 +164,7 @@ def test_bad_proxy_sets_are_named():
     model = tiny_supernet()
     with torch.no_grad():
         model.blocks[1].mlp.fc1.bias[0] = float("nan")
-    with pytest.raises(InputError, match="block 0|block 1"):
+    with pytest.raises(InputError, match=r"block [01]:"):
         statistics_of(model)
 
 

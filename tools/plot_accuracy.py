@@ -1,4 +1,5 @@
 """Draw accuracy against MACs of several main_test.py runs over one ladder, and print the table behind the chart."""
+
 import argparse
 import json
 import sys

@@ -1,4 +1,5 @@
 """Train a small ViT from scratch, the network that stage 1 starts from where no published weights exist."""
+
 import json
 import sys
 from pathlib import Path
@@ -44,10 +45,10 @@ def main(args):
         if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
             top1 = evaluate(model, test, device, args.amp)["top1"]
             say(json.dumps({"epoch": epoch, "train_loss": round(figures["loss"], 4), "test_top1": round(top1, 2)}))
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    utils.save_torch({"model": weights}, output / "pretrained.pth")
-    say(f"wrote {output / 'pretrained.pth'}; next:")
-    say(f"  python main_reparam.py --model {args.model} --pretrained {output / 'pretrained.pth'} --data_set {args.data_set}")
+    weights = output / "pretrained.pth"
+    utils.save_torch({"model": {name: value.cpu() for name, value in model.state_dict().items()}}, weights)
+    say(f"wrote {weights}; next:")
+    say(f"  python main_reparam.py --model {args.model} --pretrained {weights} --data_set {args.data_set}")
 
 
 if __name__ == "__main__":
