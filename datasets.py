@@ -226,7 +226,7 @@ class KeyedSampler:
 
 
 def train_loader(images, transform, args):
-    """Shuffled batches of ``args.batch_size`` images per rank, incomplete ones dropped. Raises InputError if none are."""
+    """Shuffled full batches of ``args.batch_size`` images per rank. Raises InputError if there is none."""
     place = {"num_replicas": utils.world_size(), "rank": utils.rank()}
     if args.repeated_aug:
         base = RepeatAugSampler(images, num_repeats=3, **place)
@@ -247,14 +247,14 @@ def eval_loader(images, transform, args):
     return _loader(dataset, args, sampler=SequentialSampler(dataset), drop_last=False)
 
 
-def proxy_loader(images, transform, args):
-    """The proxy set: ``args.proxy_samples`` training images chosen by the seed, sharded over ranks.
+def proxy_loader(images, transform, args, count):
+    """The proxy set: ``count`` training images chosen by the seed, sharded over ranks.
 
     Batches are (images, labels, positions in the data set). Raises InputError if there are too few images.
     """
-    if args.proxy_samples > len(images):
-        raise InputError(f"--proxy_samples {args.proxy_samples}: the training set has {len(images)} images")
-    order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[: args.proxy_samples]
+    if count > len(images):
+        raise InputError(f"{count} proxy images asked for, the training set has {len(images)}")
+    order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
     dataset = TransformedDataset(images, transform)
     return _loader(dataset, args, sampler=order[utils.rank() :: utils.world_size()].tolist(), drop_last=False)
 

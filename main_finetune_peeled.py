@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import utils
 from engine import Run, evaluate, make_criterion, train_one_epoch
-from main_test import budgets
+from main_test import budgets, cut
 from models import peel, store
 from models.vit import read_checkpoint
 from options import add_budget_options, add_training_options, stage_parser
@@ -22,21 +22,21 @@ def get_args():
     return parser.parse_args()
 
 
-def peel_one(path, content, args):
+def peel_one(path, content, args, device):
     """The network that the budget asks for, its spec and widths; one that is peeled already is taken as it is."""
     if "peeled" in content:
         return peel.load_peeled(content, path, drop_path_rate=args.drop_path)
     asked = budgets(args)
     if len(asked) != 1:
         raise InputError("give exactly one budget: --op_code, --macs, --macs_ratio or --params")
-    net = store.load_supernet(path, content, args, drop_path_rate=args.drop_path)
+    net = store.load_supernet(path, content, **store.loading_options(args), drop_path_rate=args.drop_path)
     step = asked[0].step(net.table, net.shapes)
     widths = net.table.steps[step]
     say(
         f"asked {asked[0]}: step {step} of {net.table.last}, {human(net.shapes.macs(widths))} MACs, "
         f"{human(net.shapes.parameters(widths))} parameters"
     )
-    return peel.extract(net.model, widths), net.spec, widths
+    return cut(net, step, args, device), net.spec, widths
 
 
 def fit_classifier(network, spec, images):
@@ -52,7 +52,7 @@ def main(args):
     device = utils.start_up(args)
     args.amp = utils.resolve_amp(args.amp, device)
     path = store.resolve(args)
-    network, spec, widths = peel_one(path, read_checkpoint(path), args)
+    network, spec, widths = peel_one(path, read_checkpoint(path), args, device)
     images = datasets.load_images(args, train=True)
     spec = fit_classifier(network, spec, images)
     network.to(device)

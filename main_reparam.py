@@ -8,12 +8,18 @@ import torch
 
 import datasets
 import utils
+from models import piad, store
+from models.compensation import MEMORY_NAME, save_memory
+from models.cost import PAPER, Shapes
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import ModelSpec, as_supernet, default_num_classes, load_pretrained
+from models.vit import ModelSpec, as_supernet, default_num_classes, full_widths, load_pretrained
+from models.width_table import WidthTable
 from models.wpac import reparameterise
-from options import add_proxy_options, stage_parser
-from utils import InputError, say
+from options import add_proxy_options, stage_parser, switch
+from utils import InputError, fraction, say
 
+# The options that say how the weights came about.
+REPORTED = ("model", "input_size", "pretrained", "basis", "mlp_order", "objective", "proxy_samples", "seed")
 # Largest difference of a full-width logit, relative to the largest logit, that float32 rounding may cause.
 TOLERANCE = 1e-4
 
@@ -24,7 +30,13 @@ def get_args():
     group = parser.add_argument_group("reparameterisation")
     group.add_argument("--pretrained", default=None, help="DeiT checkpoint, state dict or .safetensors; timm's hub")
     group.add_argument("--basis", default="balanced", choices=["balanced", "pca"], help="pca is the paper's")
-    group.add_argument("--mlp_order", default="taylor", choices=["taylor", "hessian"], help="order of hidden units")
+    group.add_argument(
+        "--mlp_order",
+        choices=["greedy", "taylor", "hessian"],
+        help="order of hidden units; greedy, or taylor with --no_compensation",
+    )
+    switch(group, "compensation", True, "also write statistics.safetensors and mask_table.json, for cutting at once")
+    group.add_argument("--drop_ratio", type=fraction, default=0.875, help="share of MACs gone at the table's last step")
     group.add_argument("--output_dir", default=None, help="output/reparam/<model>")
     return parser.parse_args()
 
@@ -54,53 +66,70 @@ def build_model(args):
     return images, model, spec
 
 
+def width_table(model, spec, memory, drop_ratio):
+    """The table of a training-free super-network, grown in one go from the errors that dropping each unit leaves."""
+    shapes, full = Shapes.of(model), full_widths(model)
+    groups, steps = piad.Groups.of(full), [full]
+    importance = piad.error_importance(memory, full, groups, shapes, PAPER)
+    piad.grow(steps, importance, groups, shapes.macs, shapes.macs(full) * (1 - drop_ratio))
+    table = WidthTable(steps)
+    table.meta = store.table_meta(spec, shapes, table)
+    return table
+
+
+def check_options(args):
+    """Fill in the order of hidden units. Raises InputError if it contradicts --no_compensation."""
+    if args.mlp_order == "greedy" and not args.compensation:
+        raise InputError("--mlp_order greedy needs the statistics that --no_compensation leaves out; use taylor")
+    args.mlp_order = args.mlp_order or ("greedy" if args.compensation else "taylor")
+
+
 def main(args):
+    check_options(args)
     device = utils.start_up(args)
     args.amp = utils.resolve_amp(args.amp, device)
     images, model, spec = build_model(args)
     output = utils.output_folder(args.output_dir or Path("output/reparam") / args.model)
-    loader = datasets.proxy_loader(images, datasets.eval_transform(args, datasets.data_config(model)), args)
+    transform = datasets.eval_transform(args, datasets.data_config(model))
+    loader = datasets.proxy_loader(images, transform, args, args.proxy_samples)
     original = model.to(device)
     model = as_supernet(copy.deepcopy(original))
 
     say(f"measuring {args.model} on {args.proxy_samples} images ({args.objective} objective)")
-    statistics = collect_statistics(model, loader, OBJECTIVES[args.objective], device, amp=args.amp)
-    report = reparameterise(model, statistics, args.basis, args.mlp_order)
+    objective = OBJECTIVES[args.objective]
+    statistics = collect_statistics(model, loader, objective, device, hidden=args.compensation, amp=args.amp)
+    results = reparameterise(model, statistics, args.basis, args.mlp_order)
     difference = full_width_difference(original, model, loader, device)
     say(f"full-width logits differ by {difference:.1e} (tolerance {TOLERANCE:.0e})")
     if not difference <= TOLERANCE:
         raise InputError(f"--basis {args.basis} changes this network's output by {difference:.1e}: nothing was written")
 
-    utils.save_torch({name: value.cpu() for name, value in model.state_dict().items()}, output / "reparamed.pth")
-    summary = {
-        "model": spec.name,
-        "img_size": spec.img_size,
-        "num_classes": spec.num_classes,
-        "pretrained": args.pretrained or "timm's hub",
-        "basis": args.basis,
-        "mlp_order": args.mlp_order,
-        "objective": args.objective,
-        "proxy_samples": args.proxy_samples,
-        "seed": args.seed,
-        "full_width_difference": difference,
-        "blocks": report,
-    }
-    utils.save_text(json.dumps(summary, indent=1), output / "report.json")
-    for index, block in enumerate(report):
-        say(f"block {index:2d}: {concentration(block)}")
-    say(f"wrote {output / 'reparamed.pth'} and report.json; next:")
-    weights = output / "reparamed.pth"
-    say(f"  python main_train.py --model {args.model} --pretrained {weights} --data_set {args.data_set}")
+    weights = output / store.WEIGHTS_NAME
+    utils.save_torch({name: value.cpu() for name, value in model.state_dict().items()}, weights)
+    report = {name: value for name, value in vars(args).items() if name in REPORTED}
+    report |= {"num_classes": spec.num_classes, "full_width_difference": difference}
+    if args.compensation:
+        save_memory(results, model, output / MEMORY_NAME)
+        table = width_table(model, spec, results, args.drop_ratio)
+        utils.save_text(table.to_json(), output / store.TABLE_NAME)
+        report["errors"] = [{"attn": r.attn_error.tolist(), "mlp": r.mlp_error.tolist()} for r in results]
+        for index, errors in enumerate(report["errors"]):
+            say(f"block {index:2d}: {concentration(errors)}")
+    utils.save_text(json.dumps(report, indent=1), output / "report.json")
+    tail = f"--data_set {args.data_set} --data_path {args.data_path}"
+    if args.compensation:
+        say(f"wrote {weights}, {MEMORY_NAME}, {store.TABLE_NAME} and report.json; to cut and test without training:")
+        say(f"  python main_test.py --checkpoint {output} {tail}")
+        say("or, to train the super-network:")
+    else:
+        say(f"wrote {weights} and report.json; next:")
+    say(f"  python main_train.py --model {args.model} --pretrained {weights} {tail}")
 
 
-def concentration(block):
-    """How much of what it carries sits in the first quarter of the dimensions, in words."""
-    shares = []
-    for rows in (block["spectrum"], [block["mlp_importance"]]):
-        rows = torch.tensor(rows).clamp(min=0)
-        quarter = rows[:, : rows.shape[1] // 4].sum() / rows.sum().clamp(min=1e-30)
-        shares.append(f"{100 * quarter:.0f} %")
-    return f"first quarter of the dimensions holds {shares[0]} (attention), {shares[1]} (MLP)"
+def concentration(errors):
+    """How much of what a block carries sits in the first quarter of its dimensions, in words."""
+    shares = [sum(e[: len(e) // 4]) / max(sum(e), 1e-30) for e in (errors["attn"], errors["mlp"])]
+    return "first quarter of the dimensions holds {:.0%} (attention), {:.0%} (MLP)".format(*shares)
 
 
 if __name__ == "__main__":

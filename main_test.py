@@ -9,7 +9,9 @@ import datasets
 import utils
 from engine import evaluate
 from models import peel, store
+from models.calibration import calibrate
 from models.cost import MATMULS, Shapes
+from models.statistics import OBJECTIVES
 from models.vit import as_supernet, read_checkpoint
 from models.width_table import Budget
 from options import add_budget_options, stage_parser
@@ -66,14 +68,29 @@ def test_images(args, classes, model):
 
 def test_supernet(path, content, args, device):
     """Rows for every budget, each on an extracted network."""
-    net = store.load_supernet(path, content, args)
+    net = store.load_supernet(path, content, **store.loading_options(args))
     chosen = [(budget, budget.step(net.table, net.shapes)) for budget in budgets(args)]
     loader, rows = test_images(args, net.spec.num_classes, net.model), []
+    how = {"compensated": net.memory is not None, "calibrated": args.calibrate}
+    if net.memory:
+        say("compensating with the statistics beside the weights (--no_compensate for plain slices)")
     for budget, step in chosen:
-        widths = net.table.steps[step]
-        row = measure(peel.extract(net.model, widths), net.shapes, widths, loader, device, args)
-        rows.append({"asked": str(budget), "step": step} | row)
+        row = measure(cut(net, step, args, device), net.shapes, net.table.steps[step], loader, device, args)
+        rows.append({"asked": str(budget), "step": step} | how | row)
     return net.spec, rows
+
+
+def cut(net, step, args, device):
+    """The sub-network of a step of the table, calibrated on training images if ``--calibrate`` asks for it."""
+    network = net.cut(step)
+    if not args.calibrate:
+        return network
+    images, transform = (
+        datasets.load_images(args, train=True),
+        datasets.eval_transform(args, datasets.data_config(network)),
+    )
+    batches = list(datasets.proxy_loader(images, transform, args, args.calibrate))
+    return calibrate(network.to(device), net.model.to(device), batches, OBJECTIVES["feature"], device)
 
 
 def test_peeled(path, content, args, device):

@@ -75,7 +75,7 @@ def main(args):
     output = utils.output_folder(args.output_dir or Path("output/peelable") / args.model)
     config = datasets.data_config(model)
     evaluation = datasets.eval_transform(args, config)
-    proxy = datasets.proxy_loader(images, evaluation, args)
+    proxy = datasets.proxy_loader(images, evaluation, args, args.proxy_samples)
     train = datasets.train_loader(images, datasets.train_transform(args, config), args)
     test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)

@@ -19,7 +19,7 @@ def stage_parser(description):
     group.add_argument("--batch_size", type=positive_int, default=64, help="images per rank and step")
     group.add_argument("--eval_crop_ratio", type=fraction, default=0.875, help="centre crop / resized image")
     group.add_argument("--num_workers", type=non_negative_int, default=10, help="data loading processes per rank")
-    _switch(group, "pin_mem", True, "pin memory for faster copies to the GPU")
+    switch(group, "pin_mem", True, "pin memory for faster copies to the GPU")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="autocast type")
@@ -27,7 +27,7 @@ def stage_parser(description):
     return parser
 
 
-def _switch(group, name, default, help):
+def switch(group, name, default, help):
     """DeiT's pairs of flags: --name and --no_name."""
     group.add_argument(f"--{name}", action="store_true", default=default, help=help)
     group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default)
@@ -55,7 +55,7 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     group.add_argument("--warmup_lr", type=float, default=1e-6)
     group.add_argument("--min_lr", type=float, default=min_lr)
     group.add_argument("--drop_path", type=float, default=0.1, help="largest stochastic depth rate")
-    _switch(group, "model_ema", True, "keep averaged weights")
+    switch(group, "model_ema", True, "keep averaged weights")
     group.add_argument("--model_ema_decay", type=float, default=0.99996, help="decay per step")
     group = parser.add_argument_group("augmentation")
     group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
@@ -64,7 +64,7 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy; '' for none")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     group.add_argument("--train_interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"])
-    _switch(group, "repeated_aug", True, "three augmentations of a third of the images per epoch")
+    switch(group, "repeated_aug", True, "three augmentations of a third of the images per epoch")
     group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
     group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
     group.add_argument("--recount", type=positive_int, default=1)
@@ -88,6 +88,17 @@ def add_budget_options(parser, several):
     )  # fmt: skip
     group.add_argument("--mask_table", default=None, help="width table; mask_table.json beside the checkpoint")
     group.add_argument("--use_ema", action="store_true", help="the averaged weights instead of the last ones")
+    switch(
+        group, "compensate", None, "fold what is cut off into what stays, by the statistics beside the weights; if any"
+    )
+    group.add_argument("--statistics", default=None, help="statistics of stage 1; statistics.safetensors beside them")
+    group.add_argument(
+        "--calibrate",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="refit each sub-network block by block on N training images; their labels are not used",
+    )
     group.add_argument("--op_code", type=int, nargs=nargs, help="step of the width table")
     group.add_argument("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
     group.add_argument("--macs_ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import platform
 import random
 import sys
 import time
@@ -271,3 +272,12 @@ class Stopwatch:
 
     def seconds(self):
         return self._now() - self.start
+
+
+def machine_name(device):
+    """The processor or GPU that figures were measured on, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()

@@ -53,12 +53,28 @@ def unit_importance(gammas, statistics, widths, groups, shapes, convention):
     importance = []
     for branch, gamma in enumerate(gammas):
         sums = statistics[branch // 2]
-        taylor = sums.taylor_attn.sum(0) if branch % 2 == 0 else sums.taylor_mlp
+        taylor = sums.taylor_attn.sum((0, 1)) if branch % 2 == 0 else sums.taylor_mlp
         alpha = taylor / taylor.sum().clamp(min=torch.finfo(taylor.dtype).tiny)
         per_width = shapes.macs_per_attn_width(convention) if branch % 2 == 0 else shapes.macs_per_mlp_width(convention)
         size = groups.size(branch)
         shares = alpha.unflatten(0, (widths.flat[branch] // size, size)).sum(1)
         importance.append((gamma * shares / (size * per_width)).tolist())
+    return importance
+
+
+def error_importance(memory, widths, groups, shapes, convention):
+    """Importance per MAC of all units without any training: the closed-form error that dropping a unit leaves.
+
+    memory: list of L BlockMemory, whose errors of attention dimensions and hidden units are in one currency, the
+    expected square of what the objective loses. Returns 2L lists, first unit first.
+    """
+    importance = []
+    for branch, width in enumerate(widths.flat):
+        sums, size = memory[branch // 2], groups.size(branch)
+        errors = sums.attn_error if branch % 2 == 0 else sums.mlp_error
+        per_width = shapes.macs_per_attn_width(convention) if branch % 2 == 0 else shapes.macs_per_mlp_width(convention)
+        units = errors[:width].unflatten(0, (width // size, size)).sum(1)
+        importance.append((units / (size * per_width)).tolist())
     return importance
 
 
@@ -95,7 +111,7 @@ def grow(steps, importance, groups, cost, target):
     if cost(smallest) > target:
         left = cost(smallest) / cost(steps[0])
         raise InputError(
-            f"--drop_ratio leaves {target / cost(steps[0]):.3f} of the MACs; with every branch gone {left:.3f} are left, "
+            f"--drop_ratio leaves {target / cost(steps[0]):.3f} of the MACs; without any branch {left:.3f} are left, "
             f"so it must be below {1 - left:.3f}"
         )
     queues = [drop_order(units) for units in importance]

@@ -28,18 +28,30 @@ class Moments:
         self.s0, self.s1, self.s2 = zeros(groups), zeros(groups, width), zeros(groups, width, width)
 
     def add(self, x, weight):
-        """x: [G, n, d] in float64; weight: [G, n], not negative."""
-        weighted = x * weight.unsqueeze(-1)
+        """x: [G, n, d]; weight: [G, n], not negative. Products are taken in the dtype of x, summed in float64."""
+        root = weight.sqrt().unsqueeze(-1)
+        rooted = x * root
         self.count += x.shape[1]
         self.total += x.sum(1)
         self.s0 += weight.sum(1)
-        self.s1 += weighted.sum(1)
-        self.s2 += weighted.transpose(1, 2) @ x
+        self.s1 += (rooted * root).sum(1)
+        # Both factors alike, so that rounding leaves the sum symmetric and as good as positive semi-definite.
+        self.s2 += rooted.mT @ rooted
 
     @property
     def mean(self):
         """The unweighted mean over all tokens, [G, d]."""
         return self.total / self.count.clamp(min=1)
+
+    @property
+    def weighted_mean(self):
+        """sum w x / sum w, [G, d]."""
+        return self.s1 / self.s0.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+
+    @property
+    def second_moment(self):
+        """sum w x x^T / sum w, [G, d, d]."""
+        return self.about(torch.zeros_like(self.s1))
 
     def about(self, center):
         """sum w (x - c)(x - c)^T / sum w for c = ``center`` [G, d]: the weighted second moment about c, [G, d, d]."""
@@ -58,10 +70,12 @@ class BlockStatistics:
     """What the proxy set says of one block. H heads of width d, M hidden units, all sums over tokens, float64.
 
     ``theta_*`` weight a token by theta = mean |g f| (the paper's token importance), ``grad_*`` by |g|^2, for g the
-    gradient of the objective at that feature. z is the attention output of a head, before proj.
+    gradient of the objective at that feature. z is the attention output of a head, before proj. The keys of ``grad_k``
+    are centred in every image by the mean of its own keys.
     """
 
-    taylor_attn: torch.Tensor  # [H, d] sum of |g f| over q, k and v
+    taylor_attn: torch.Tensor  # [3, H, d] sum of |g f| for q, k and v
+    hessian_attn: torch.Tensor  # [3, H, d] sum of (g f)^2
     taylor_mlp: torch.Tensor  # [M] sum of |g a|
     hessian_mlp: torch.Tensor  # [M] sum of (g a)^2
     theta_q: Moments | None = None
@@ -70,22 +84,26 @@ class BlockStatistics:
     grad_q: Moments | None = None
     grad_k: Moments | None = None
     grad_z: Moments | None = None
-    output_gram: torch.Tensor | None = None  # [D, D] sum of go go^T, go the gradient at the output of proj
+    attn_gram: torch.Tensor | None = None  # [D, D] sum of go go^T, go the gradient at the output of proj
+    mlp_gram: torch.Tensor | None = None  # [D, D] the same at the output of fc2
+    hidden: Moments | None = None  # one group of M: the hidden vector a, tokens weighted by |dC/da|^2
 
     @classmethod
-    def zeros(cls, block, device, moments):
+    def zeros(cls, block, device, moments, hidden):
         """All sums at zero for a PrefixBlock at its present widths."""
-        heads, width, hidden, dim = block.num_heads, block.attn_width, block.mlp_width, block.norm1.weight.numel()
+        heads, width, units, dim = block.num_heads, block.attn_width, block.mlp_width, block.mlp.fc2.out_features
 
         def zeros(*shape):
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        sums = cls(zeros(heads, width), zeros(hidden), zeros(hidden))
+        sums = cls(zeros(3, heads, width), zeros(3, heads, width), zeros(units), zeros(units))
         if moments:
             for field in fields(cls):
                 if field.name.startswith(("theta_", "grad_")):
                     setattr(sums, field.name, Moments(heads, width, device))
-            sums.output_gram = zeros(dim, dim)
+            sums.attn_gram = zeros(dim, dim)
+        if hidden:
+            sums.hidden, sums.mlp_gram = Moments(1, units, device), zeros(dim, dim)
         return sums
 
     def all_reduce(self):
@@ -100,16 +118,16 @@ class BlockStatistics:
 class _BlockTap:
     """Hooks on the linear layers of one block that add each batch to its BlockStatistics during the backward pass."""
 
-    def __init__(self, block, device, moments):
-        self.block, self.moments = block, moments
-        self.sums = BlockStatistics.zeros(block, device, moments)
+    def __init__(self, block, device, moments, hidden):
+        self.block, self.moments, self.hidden = block, moments, hidden
+        self.sums = BlockStatistics.zeros(block, device, moments, hidden)
         self.handles = []
         if block.attn_width:
             self.handles.append(block.attn.qkv.register_forward_hook(self._on_qkv))
             if moments:
                 self.handles.append(block.attn.proj.register_forward_hook(self._on_proj))
         if block.mlp_width:
-            self.handles.append(block.mlp.fc2.register_forward_pre_hook(self._on_hidden))
+            self.handles.append(block.mlp.fc2.register_forward_hook(self._on_fc2))
 
     def remove(self):
         for handle in self.handles:
@@ -123,50 +141,64 @@ class _BlockTap:
         output.register_hook(lambda gradient: self._add_qkv(kept, gradient))
 
     def _add_qkv(self, qkv, gradient):
-        for name, f, g in zip("qkv", qkv.chunk(3, dim=-1), gradient.chunk(3, dim=-1), strict=True):
-            f, g = self._heads(f), self._heads(g)
+        for index, (f, g) in enumerate(zip(qkv.chunk(3, dim=-1), gradient.chunk(3, dim=-1), strict=True)):
+            name, f, g = "qkv"[index], self._heads(f), self._heads(g)
             taylor = (f * g).abs()
-            self.sums.taylor_attn += taylor.sum(1)
+            self.sums.taylor_attn[index] += taylor.sum(1)
+            self.sums.hessian_attn[index] += taylor.square().sum(1)
             if self.moments:
                 getattr(self.sums, f"theta_{name}").add(f, taylor.mean(-1))
-                if name != "v":
-                    getattr(self.sums, f"grad_{name}").add(f, g.square().sum(-1))
+                if name == "q":
+                    self.sums.grad_q.add(f, g.square().sum(-1))
+                if name == "k":
+                    # The softmax ignores what is common to all keys of an image: only what differs counts.
+                    tokens = f.unflatten(1, qkv.shape[:2])
+                    self.sums.grad_k.add((tokens - tokens.mean(2, keepdim=True)).flatten(1, 2), g.square().sum(-1))
 
     def _on_proj(self, _module, inputs, output):
         kept = inputs[0].detach()
         inputs[0].register_hook(
             lambda gradient: self.sums.grad_z.add(self._heads(kept), self._heads(gradient).square().sum(-1))
         )
-        output.register_hook(self._add_output_gradient)
+        output.register_hook(lambda gradient: _add_gram(self.sums.attn_gram, gradient))
 
-    def _add_output_gradient(self, gradient):
-        flat = rearrange(gradient.double(), "b t d -> (b t) d")
-        self.sums.output_gram += flat.T @ flat
-
-    def _on_hidden(self, _module, inputs):
+    def _on_fc2(self, _module, inputs, output):
         kept = inputs[0].detach()
         inputs[0].register_hook(lambda gradient: self._add_hidden(kept, gradient))
+        if self.hidden:
+            output.register_hook(lambda gradient: _add_gram(self.sums.mlp_gram, gradient))
 
     def _add_hidden(self, a, gradient):
-        taylor = (a.float() * gradient.float()).abs()
-        self.sums.taylor_mlp += reduce(taylor, "b t m -> m", "sum")
-        self.sums.hessian_mlp += reduce(taylor.square(), "b t m -> m", "sum")
+        # float32: the M x M moments are the one product whose cost compares with the network's own.
+        a, gradient = rearrange(a.float(), "b t m -> (b t) m"), rearrange(gradient.float(), "b t m -> (b t) m")
+        taylor = (a * gradient).abs()
+        self.sums.taylor_mlp += reduce(taylor, "n m -> m", "sum")
+        self.sums.hessian_mlp += reduce(taylor.square(), "n m -> m", "sum")
+        if self.hidden:
+            self.sums.hidden.add(a.unsqueeze(0), gradient.square().sum(-1).unsqueeze(0))
 
 
-def collect_statistics(model, batches, objective, device, moments=True, amp="none"):
+def _add_gram(total, gradient):
+    """total [D, D] += sum of g g^T over the tokens of ``gradient`` [B, T, D]."""
+    flat = rearrange(gradient.double(), "b t d -> (b t) d")
+    total += flat.T @ flat
+
+
+def collect_statistics(model, batches, objective, device, moments=True, hidden=False, amp="none"):
     """Sums over the proxy set of every block of a super-network at its present widths (METHOD section 1).
 
     Args:
         batches: iterable of (images [B, C, H, W], labels [B], positions [B] in the proxy set): this rank's share.
         objective: function (model, images, labels, positions) -> scalar, a sum over images.
-        moments: also collect what the bases need; False leaves the Taylor sums alone.
+        moments: also collect what the bases need.
+        hidden: also collect what compensation needs, M x M float64 numbers per block.
     Returns a list of L BlockStatistics, summed over ranks. Raises InputError if an activation or gradient is not
     finite, and if no image was seen. Parameters get no gradient; the training mode is put back.
     """
     training = model.training
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     model.eval().requires_grad_(False)
-    taps = [_BlockTap(block, device, moments) for block in model.blocks]
+    taps = [_BlockTap(block, device, moments, hidden) for block in model.blocks]
     seen = torch.zeros((), device=device)
     try:
         for images, labels, positions in tqdm(

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from torch import nn
 
+from models import peel
+from models.compensation import MEMORY_NAME, compensate, load_memory
 from models.cost import MATMULS, Shapes
-from models.vit import ALIASES, ModelSpec, as_supernet, full_widths, load_weights
+from models.vit import ALIASES, ModelSpec, as_supernet, full_widths, load_weights, read_checkpoint
 from models.width_table import WidthTable
 from utils import InputError
 
 TABLE_NAME = "mask_table.json"
+WEIGHTS_NAME = "reparamed.pth"
 
 
 @dataclass
@@ -24,13 +27,23 @@ class SuperNet:
     table: WidthTable
     shapes: Shapes
     source: Path
+    memory: list | None = None  # of BlockMemory, if what is cut is to be compensated
+
+    def cut(self, step):
+        """The stand-alone network of a step of the table, compensated if there is something to do it with."""
+        widths = self.table.steps[step]
+        network = peel.extract(self.model, widths)
+        return compensate(network, self.model, widths, self.memory) if self.memory else network
 
 
 def newest_checkpoint(folder):
-    """The checkpoint_N.pth of ``folder`` with the highest N. Raises InputError if there is none."""
+    """The checkpoint_N.pth of ``folder`` with the highest N, else the weights of stage 1. Raises InputError."""
     found = {int(m[1]): path for path in Path(folder).glob("checkpoint_*.pth") if (m := _NUMBERED.fullmatch(path.name))}
+    stage_1 = Path(folder) / WEIGHTS_NAME
+    if not found and stage_1.is_file():
+        return stage_1
     if not found:
-        raise InputError(f"{folder}: no checkpoint_N.pth in it; expected checkpoint_N.pth and {TABLE_NAME}")
+        raise InputError(f"{folder}: no checkpoint_N.pth (or {WEIGHTS_NAME}) in it; expected that and {TABLE_NAME}")
     return found[max(found)]
 
 
@@ -47,33 +60,61 @@ def resolve(args):
     return newest_checkpoint(path) if path.is_dir() else path
 
 
-def load_supernet(path, content, args, **kwargs):
-    """Build the super-network of the checkpoint ``content`` (``read_checkpoint``) that was found at ``path``.
+def load_supernet(
+    path,
+    content=None,
+    *,
+    model=None,
+    input_size=None,
+    mask_table=None,
+    use_ema=False,
+    statistics=None,
+    compensate=None,
+    **kwargs,
+):
+    """Load a super-network from a folder or checkpoint file; the options are those of ``main_test.py``.
 
-    The model's name comes from --model, else from the table's meta, the checkpoint's args or the folder's name.
-    ``kwargs`` go to timm, e.g. drop_path_rate. Raises InputError if weights, table and model do not belong together.
+    ``content``: the checkpoint, if it has been read already. The model's name comes from ``model``, else from the
+    table's meta, the checkpoint's args or the folder's name. ``compensate``: True, False, or None for whenever there
+    are statistics. ``kwargs`` go to timm, e.g. drop_path_rate. Raises InputError if the files do not belong together.
     """
-    table_path = Path(args.mask_table) if args.mask_table else path.parent / TABLE_NAME
+    path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
+    content = content or read_checkpoint(path)
+    table_path = Path(mask_table) if mask_table else path.parent / TABLE_NAME
     table = WidthTable.load(table_path)
-    if args.use_ema and not content.get("model_ema"):
+    if use_ema and not content.get("model_ema"):
         raise InputError(f"--use_ema: {path} has no averaged weights (member 'model_ema')")
-    state = content["model_ema"] if args.use_ema else content["model"]
+    state = content["model_ema"] if use_ema else content["model"]
     spec = ModelSpec(
-        name=_model_name(args, table, content, path),
+        name=model or _model_name(table, content, path),
         num_classes=_num_classes(state, path),
-        img_size=args.input_size or table.meta.get("img_size"),
+        img_size=input_size or table.meta.get("img_size"),
     )
-    model = spec.build(**kwargs)
-    load_weights(model, state, path)
-    as_supernet(model)
-    table.check_fits(full_widths(model), table_path)
-    return SuperNet(model, spec, table, Shapes.of(model), path)
+    network = spec.build(**kwargs)
+    load_weights(network, state, path)
+    as_supernet(network)
+    table.check_fits(full_widths(network), table_path)
+    memory = _memory(network, Path(statistics or path.parent / MEMORY_NAME), compensate)
+    return SuperNet(network, spec, table, Shapes.of(network), path, memory)
 
 
-def _model_name(args, table, content, path):
+def loading_options(args):
+    """The command-line options that ``load_supernet`` takes."""
+    names = ("model", "input_size", "mask_table", "use_ema", "statistics", "compensate")
+    return {name: getattr(args, name) for name in names}
+
+
+def _memory(network, path, wanted):
+    """What compensation needs, unless it is declined or, not being asked for, not there."""
+    if wanted is False or (wanted is None and not path.is_file()):
+        return None
+    return load_memory(path, network)
+
+
+def _model_name(table, content, path):
     saved = content.get("args")
     folder = path.parent.name if path.parent.name in ALIASES else None
-    name = args.model or table.meta.get("model") or (isinstance(saved, argparse.Namespace) and saved.model) or folder
+    name = table.meta.get("model") or (isinstance(saved, argparse.Namespace) and saved.model) or folder
     if not name:
         raise InputError(f"{path}: does not say which model it is; give --model")
     return name

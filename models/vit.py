@@ -27,7 +27,7 @@ ALIASES = {
     ),
     "vit_fashion": (
         "vit_tiny_patch16_224",
-        {"img_size": 28, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
+        {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 4},
     ),
 }
 

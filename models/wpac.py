@@ -7,6 +7,8 @@ Every rewrite preserves the network's function at full width.
 import torch
 from einops import rearrange
 
+from models.compensation import greedy_order, remember
+
 # Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
 EIGENVALUE_FLOOR = 1e-9
 
@@ -51,6 +53,14 @@ def output_basis(covariance_z, output_gram, proj):
     return v.mT @ inverse_root, root @ v
 
 
+def output_errors(variance_z, proj, gram):
+    """Expected loss when one dimension of all heads goes: sum over heads of var(z_j) |G^(1/2) W_o,j|^2.
+
+    variance_z [H, d], proj [H, D, d], gram [D, D]. Returns [d].
+    """
+    return torch.einsum("hd,hcd,ce,hed->d", variance_z, proj, gram, proj)
+
+
 def query_key_basis(moment_q, covariance_k):
     """Maps of q and k that sort the head's dimensions by what survives in q^T k (METHOD section 1, change 3).
 
@@ -86,20 +96,38 @@ def reparameterise(model, statistics, basis="balanced", mlp_order="taylor"):
     Args:
         statistics: list of BlockStatistics from ``collect_statistics`` with moments, at full width.
         basis: 'pca' (paper) or 'balanced' (mean folding, output-aware V/O basis, balanced Q/K basis).
-        mlp_order: 'taylor' (mean |g a|) or 'hessian' (mean (g a)^2) order of the hidden units.
-    Returns a report: per block the spectrum of each head and the sorted importance of the hidden units, as lists.
+        mlp_order: order of the hidden units by 'taylor' (mean |g a|), 'hessian' (mean (g a)^2), or 'greedy': by what
+            compensation cannot predict from the units before (needs hidden moments).
+    Returns a list of L BlockMemory for compensation, or of None where the statistics have no hidden moments.
     """
     rewrite = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
-    report = []
+    results = []
     for block, sums in zip(model.blocks, statistics, strict=True):
         weights = HeadWeights.read(block.attn, block.num_heads)
-        spectrum = rewrite(weights, sums)
+        attn_mean = torch.einsum("hcd,hd->c", weights.proj, sums.grad_z.mean) + weights.proj_bias
+        attn_error = rewrite(weights, sums)
         weights.write(block.attn)
-        importance = {"taylor": sums.taylor_mlp, "hessian": sums.hessian_mlp}[mlp_order]
-        order = importance.argsort(descending=True, stable=True)
-        _permute_hidden(block.mlp, order.to(block.mlp.fc1.weight.device))
-        report.append({"spectrum": spectrum.tolist(), "mlp_importance": importance[order].tolist()})
-    return report
+        order = hidden_order(block.mlp, sums, mlp_order)
+        _permute_hidden(block.mlp, order)
+        results.append(_remember(block, sums, order, attn_mean, attn_error) if sums.hidden else None)
+    return results
+
+
+def hidden_order(mlp, sums, kind):
+    """The permutation [M] of an MLP's hidden units that ``kind`` asks for, most important first."""
+    if kind == "greedy":
+        mean = sums.hidden.weighted_mean
+        weight = mlp.fc2.weight.detach().double()
+        return greedy_order(sums.hidden.about(mean)[0], weight, sums.mlp_gram / sums.hidden.count)
+    importance = {"taylor": sums.taylor_mlp, "hessian": sums.hessian_mlp}[kind]
+    return importance.argsort(descending=True, stable=True)
+
+
+def _remember(block, sums, order, attn_mean, attn_error):
+    mean = sums.hidden.weighted_mean
+    covariance = sums.hidden.about(mean)[0][order][:, order]
+    gram = sums.mlp_gram / sums.hidden.count
+    return remember(block, mean[0][order], covariance, gram, attn_mean, attn_error)
 
 
 class HeadWeights:
@@ -151,21 +179,21 @@ class HeadWeights:
 
 
 def _rewrite_pca(weights, sums):
-    """The paper's basis: orthogonal, one for v and o, one shared by q and k. Returns the v spectrum, [H, d]."""
-    covariance_v = sums.theta_v.about(sums.theta_v.mean)
-    basis_v = pca_basis(covariance_v)
+    """The paper's basis: orthogonal, one for v and o, one shared by q and k. Returns errors, [d]."""
+    basis_v = pca_basis(sums.theta_v.about(sums.theta_v.mean))
     weights.map("v", basis_v.mT)
     weights.proj = weights.proj @ basis_v
     moments = (sums.theta_q, sums.theta_k)
     basis_qk = pca_basis(sum(m.about(m.mean) * m.s0[:, None, None] for m in moments))
     weights.map("q", basis_qk.mT)
     weights.map("k", basis_qk.mT)
-    return torch.linalg.eigvalsh(covariance_v).flip(-1)
+    variance_z = (basis_v.mT @ sums.grad_z.about(sums.grad_z.mean) @ basis_v).diagonal(dim1=-2, dim2=-1)
+    return output_errors(variance_z, weights.proj, sums.attn_gram / sums.grad_z.count)
 
 
 def _rewrite_balanced(weights, sums):
-    """Mean folding, then the output-aware V/O and the balanced Q/K basis. Returns the V/O spectrum, [H, d]."""
-    mean_z, mean_k = sums.grad_z.mean, sums.grad_k.mean
+    """Mean folding, then the output-aware V/O and the balanced Q/K basis. Returns errors, [d]."""
+    mean_z, mean_k = sums.grad_z.mean, sums.theta_k.mean
     if weights.can_fold:
         # Attention rows sum to one: a constant of v passes straight through to proj's bias. A constant of every
         # key shifts all logits of a query alike, which the softmax ignores.
@@ -173,24 +201,24 @@ def _rewrite_balanced(weights, sums):
         weights.v_bias = weights.v_bias - mean_z
         weights.k_bias = weights.k_bias - mean_k
     # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
-    covariance_z = sums.grad_z.about(mean_z if weights.can_fold else torch.zeros_like(mean_z))
-    gram = sums.output_gram / sums.grad_z.count
+    covariance_z = sums.grad_z.about(mean_z) if weights.can_fold else sums.grad_z.second_moment
+    gram = sums.attn_gram / sums.grad_z.count
     to, back = output_basis(covariance_z, gram, weights.proj)
     weights.map("v", to)
     weights.proj = weights.proj @ back
-    # z has unit covariance in these coordinates, so a dimension carries what its column of proj moves the output.
-    carried = torch.einsum("hcd,ce,hed->hd", weights.proj, gram, weights.proj)
+    # z has unit covariance in these coordinates.
+    errors = output_errors(torch.ones_like(mean_z), weights.proj, gram)
     scale = equalising_scale(weights.rows("v"), weights.proj.mT)
     weights.scale("v", scale)
     weights.proj = weights.proj / scale.unsqueeze(1)
 
-    map_q, map_k = query_key_basis(sums.grad_q.about(torch.zeros_like(mean_k)), sums.grad_k.about(mean_k))
+    map_q, map_k = query_key_basis(sums.grad_q.second_moment, sums.grad_k.second_moment)
     weights.map("q", map_q)
     weights.map("k", map_k)
     scale = equalising_scale(weights.rows("q"), weights.rows("k"))
     weights.scale("q", scale)
     weights.scale("k", 1 / scale)
-    return carried
+    return errors
 
 
 @torch.no_grad()

@@ -193,9 +193,7 @@ def test_files_in_the_published_layout_load(name, kind, tmp_path):
         table[f"{block}.mlp"] = {"0": 256 * heads, "1": 128 * heads, "2": 0, "-1": 0}
         table[f"{block}.attn"] = {"0": 64, "1": 40, "2": 8, "-1": 8}
     (folder / "mask_table.json").write_text(json.dumps(table))
-    args = argparse.Namespace(mask_table=None, use_ema=kind == "everything", model=None, input_size=None)
-    path = folder / "checkpoint_299.pth"
-    net = load_supernet(path, read_checkpoint(path), args)
+    net = load_supernet(folder, use_ema=kind == "everything")
     assert net.spec == ModelSpec(name, 1000, None) and net.table.last == 2
     assert net.table.steps[0] == full_widths(net.model)
     offset = 1 if kind == "everything" else 0
