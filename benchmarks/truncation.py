@@ -268,8 +268,8 @@ def claims(runs):
         for plain, folded in (("hessian",) * 2, ("taylor",) * 2, ("hessian", "greedy")):
             before, after = lost[plain], lost[f"{folded}, compensated"]
             lines.append(
-                f"- MLP, keep {float(ratio):.3g}: points lost {before:.2f} plain in {plain} order, {after:.2f} compensated "
-                f"in {folded} order; at least halved: {'yes' if after <= before / 2 else 'no'}"
+                f"- MLP, keep {float(ratio):.3g}: points lost {before:.2f} plain in {plain} order, {after:.2f} "
+                f"compensated in {folded} order; at least halved: {'yes' if after <= before / 2 else 'no'}"
             )
     ours, theirs = "balanced + greedy, compensated", "pca + hessian (paper)"
     ratio = "0.5000"
@@ -316,8 +316,8 @@ def report(runs, args, seconds):
     lines = [
         f"# Truncation without training: {args.model} on {args.data_set}\n",
         f"`benchmarks/truncation.sh`; {len(runs)} seed(s), {args.proxy_samples} proxy images, {args.test_images} test "
-        f"images, {seconds / 60:.0f} minutes on {torch.get_num_threads()} thread(s) of {args.machine}. The full networks: "
-        f"top-1 {tops[0]:.2f} ± {tops[1]:.2f}.\n",
+        f"images, {seconds / 60:.0f} minutes on {torch.get_num_threads()} thread(s) of {args.machine}. The full "
+        f"networks: top-1 {tops[0]:.2f} ± {tops[1]:.2f}.\n",
         "Each cell: top-1 in % / KL to the full network in nats / agreement with its prediction in %; mean ± sample "
         "standard deviation over seeds.",
     ]

@@ -100,27 +100,27 @@ def greedy_order(covariance, weight, gram):
     """The order of hidden units in which each next one removes the most of the error that compensation leaves.
 
     Pivoted Cholesky of C where the pivot is chosen by its weighted error |G^(1/2) W2 R_j|^2 / R_jj, R being what the
-    units chosen so far cannot predict. covariance [M, M], weight [D, M], gram [D, D]. Returns a permutation [M].
+    units chosen so far cannot predict. An MLP of more than 256 units takes several pivots at a time, M / 256.
+    covariance [M, M], weight [D, M], gram [D, D]. Returns a permutation [M].
     """
-    count = len(covariance)
-    ridge = _ridge(covariance)
-    factor = torch.zeros_like(covariance)
-    left = covariance.diagonal() + ridge
+    count, ridge = len(covariance), _ridge(covariance)
     values, vectors = torch.linalg.eigh(gram)
-    carried = (vectors * values.clamp(min=0).sqrt()).mT @ weight @ covariance
-    free = torch.ones(count, dtype=torch.bool, device=covariance.device)
-    order = []
-    for step in range(count):
-        score = torch.where(free, carried.square().sum(0) / left.clamp(min=ridge), -torch.inf)
-        pivot = score.argmax()
-        column = covariance[:, pivot] - factor[:, :step] @ factor[pivot, :step]
-        column[pivot] += ridge
-        column = column / left[pivot].clamp(min=ridge).sqrt()
-        carried -= carried[:, pivot, None] * column / left[pivot].clamp(min=ridge).sqrt()
-        factor[:, step], left = column, left - column.square()
-        free[pivot] = False
-        order.append(pivot)
-    return torch.stack(order)
+    weighted = (vectors * values.clamp(min=0).sqrt()).mT @ weight
+    carried, left = weighted @ covariance, covariance.diagonal() + ridge
+    factor, order = torch.zeros_like(covariance), torch.empty(count, dtype=torch.long, device=covariance.device)
+    at_once = max(count // 256, 1)
+    for done in range(0, count, at_once):
+        score = torch.linalg.vector_norm(carried, dim=0).square() / left.clamp(min=ridge)
+        score[order[:done]] = -torch.inf
+        pivots = score.topk(min(at_once, count - done)).indices
+        span = slice(done, done + len(pivots))
+        columns = covariance[:, pivots] - factor[:, :done] @ factor[pivots, :done].mT
+        root = factorise(columns[pivots])
+        factor[:, span] = torch.linalg.solve_triangular(root, columns.mT, upper=False).mT
+        carried.addmm_(weighted @ factor[:, span], factor[:, span].mT, alpha=-1)
+        left -= factor[:, span].square().sum(1)
+        order[span] = pivots
+    return order
 
 
 # ------------------------------------------------------------------------------------------ at extraction
