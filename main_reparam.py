@@ -120,10 +120,10 @@ def main(args):
     if args.compensation:
         say(f"wrote {weights}, {MEMORY_NAME}, {store.TABLE_NAME} and report.json; to cut and test without training:")
         say(f"  python main_test.py --checkpoint {output} {tail}")
-        say("or, to train the super-network:")
+        say("to train a super-network from here, use --no_compensation: its order of hidden units trains better")
     else:
         say(f"wrote {weights} and report.json; next:")
-    say(f"  python main_train.py --model {args.model} --pretrained {weights} {tail}")
+        say(f"  python main_train.py --model {args.model} --pretrained {weights} {tail}")
 
 
 def concentration(errors):

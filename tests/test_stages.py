@@ -271,3 +271,30 @@ def test_a_checkpoint_with_another_head_is_refitted_and_said(pretrained, tmp_pat
     )  # fmt: skip
     assert "has 10 classes: replaced by a new one for 13" in output
     assert read_checkpoint(tmp_path / "reparamed.pth")["model"]["head.weight"].shape == (13, 64)
+
+
+def test_stage_1_alone_cuts_any_budget(pretrained, tmp_path):
+    """The training-free product: two ranks write it, one process cuts it; plain, compensated and calibrated."""
+    folder = tmp_path / "reparam"
+    run(
+        *("main_reparam.py", *PLAIN, "--model", "vit_digits", "--pretrained", pretrained, "--proxy-samples", "200"),
+        *("--output-dir", folder),
+        ranks=2,
+    )
+    table, accuracies = WidthTable.load(folder / "mask_table.json"), {}
+    assert table.meta["macs"][-1] <= 0.125 * table.meta["macs"][0] < table.meta["macs"][-2]
+    ladder = ["main_test.py", *PLAIN, "--checkpoint", folder, "--macs-ratio", "0.25"]
+    for name, options in {"plain": ["--no-compensate"], "compensated": [], "calibrated": ["--calibrate", "64"]}.items():
+        run(*ladder, *options, "--output-dir", tmp_path / name)
+        (row,) = json.loads((tmp_path / name / "results.json").read_text())["rows"]
+        assert row["compensated"] == (name != "plain") and row["calibrated"] == (64 if name == "calibrated" else None)
+        assert row["macs"] <= 0.25 * table.meta["macs"][0]
+        accuracies[name] = row["loss"]
+    run(*ladder, "--calibrate", "64", "--output-dir", tmp_path / "two", ranks=2)
+    (row,) = json.loads((tmp_path / "two/results.json").read_text())["rows"]
+    assert row["loss"] == pytest.approx(accuracies["calibrated"], rel=1e-3)
+    shutil.copy(folder / "statistics.safetensors", tmp_path)
+    torch.save(read_checkpoint(pretrained), tmp_path / "checkpoint_0.pth")
+    shutil.copy(folder / "mask_table.json", tmp_path)
+    output = run("main_test.py", *PLAIN, "--checkpoint", tmp_path, "--macs-ratio", "0.5", expect=2)
+    assert "measured on other weights" in output

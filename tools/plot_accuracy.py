@@ -45,14 +45,15 @@ def draw(curves, title, path):
 
 def main(args):
     curves = [load_curve(text) for text in args.curves]
-    macs = [[row["macs"] for row in rows] for _, rows in curves]
-    if any(m != macs[0] for m in macs):
-        raise InputError("the runs do not share one ladder: give all of them the same table and budgets")
+    asked = [[row["asked"] for row in rows] for _, rows in curves]
+    if any(a != asked[0] for a in asked):
+        raise InputError("the runs do not share one ladder: give all of them the same budgets")
     for index, (label, _) in enumerate(curves):
         print(f"({chr(97 + index)}) {label}")
-    print("      MACs" + "".join(f"{f'({chr(97 + i)})':>8}" for i in range(len(curves))))
-    for index, cost in enumerate(macs[0]):
-        print(f"{human(cost):>10}" + "".join(f"{rows[index]['top1']:8.2f}" for _, rows in curves))
+    print("asked for         " + "".join(f"{f'({chr(97 + i)}) MACs':>12}{'top-1':>7}" for i in range(len(curves))))
+    for index, budget in enumerate(asked[0]):
+        cells = (f"{human(rows[index]['macs']):>12}{rows[index]['top1']:7.2f}" for _, rows in curves)
+        print(f"{budget:<18}" + "".join(cells))
     draw(curves, args.title, args.png)
     print(f"wrote {args.png}")
 
