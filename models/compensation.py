@@ -24,6 +24,8 @@ from utils import InputError
 MEMORY_NAME = "statistics.safetensors"
 # Added to the diagonal of C, relative to its mean: units that are never active have no variance of their own.
 RIDGE = 1e-5
+# The share of an MLP's error at which the greedy order has done its work.
+GREEDY_TAIL = 1e-3
 
 
 @dataclass
@@ -55,6 +57,22 @@ def remember(block, hidden_mean, covariance, mlp_gram, attn_mean, attn_error):
         attn_error=attn_error,
         mlp_error=unit_errors(weight, factor, mlp_gram),
     )
+
+
+def remember_as_is(model, statistics):
+    """BlockMemory of every block of a super-network whose weights stay as they are, a trained one for example.
+
+    statistics: L BlockStatistics with moments and hidden moments, at full width. The errors of attention dimensions
+    are left at zero: they are for making a width table, which such a network has.
+    """
+    memory = []
+    for block, sums in zip(model.blocks, statistics, strict=True):
+        mean, proj = sums.hidden.weighted_mean, block.attn.proj
+        attn_mean = proj.weight.detach().double() @ sums.grad_z.mean.flatten()
+        attn_mean = attn_mean if proj.bias is None else attn_mean + proj.bias.detach().double()
+        gram, no_errors = sums.mlp_gram / sums.hidden.count, torch.zeros(block.attn_width)
+        memory.append(remember(block, mean[0], sums.hidden.about(mean)[0], gram, attn_mean, no_errors))
+    return memory
 
 
 # ------------------------------------------------------------------------------------------ solvers
@@ -96,12 +114,14 @@ def compensated(weight, bias, factor, mean, kept):
     return new, bias + weight @ mean - new @ mean[:kept]
 
 
-def greedy_order(covariance, weight, gram):
+def greedy_order(covariance, weight, gram, importance):
     """The order of hidden units in which each next one removes the most of the error that compensation leaves.
 
     Pivoted Cholesky of C where the pivot is chosen by its weighted error |G^(1/2) W2 R_j|^2 / R_jj, R being what the
-    units chosen so far cannot predict. An MLP of more than 256 units takes several pivots at a time, M / 256.
-    covariance [M, M], weight [D, M], gram [D, D]. Returns a permutation [M].
+    units chosen so far cannot predict. An MLP of more than 256 units takes several pivots at a time, M / 256. Once all
+    but GREEDY_TAIL of the error is gone, what is left of R is little more than rounding: the other units follow by
+    ``importance``, so that the order does not depend on how the proxy set was split.
+    covariance [M, M], weight [D, M], gram [D, D], importance [M]. Returns a permutation [M].
     """
     count, ridge = len(covariance), _ridge(covariance)
     values, vectors = torch.linalg.eigh(gram)
@@ -109,9 +129,15 @@ def greedy_order(covariance, weight, gram):
     carried, left = weighted @ covariance, covariance.diagonal() + ridge
     factor, order = torch.zeros_like(covariance), torch.empty(count, dtype=torch.long, device=covariance.device)
     at_once = max(count // 256, 1)
+    remaining = total = (weighted * carried).sum()
     for done in range(0, count, at_once):
         score = torch.linalg.vector_norm(carried, dim=0).square() / left.clamp(min=ridge)
         score[order[:done]] = -torch.inf
+        if remaining <= GREEDY_TAIL * total:
+            free = torch.isfinite(score)
+            rest = importance.argsort(descending=True, stable=True)
+            order[done:] = rest[free[rest]]
+            break
         pivots = score.topk(min(at_once, count - done)).indices
         span = slice(done, done + len(pivots))
         columns = covariance[:, pivots] - factor[:, :done] @ factor[pivots, :done].mT
@@ -119,6 +145,7 @@ def greedy_order(covariance, weight, gram):
         factor[:, span] = torch.linalg.solve_triangular(root, columns.mT, upper=False).mT
         carried.addmm_(weighted @ factor[:, span], factor[:, span].mT, alpha=-1)
         left -= factor[:, span].square().sum(1)
+        remaining = (weighted * carried).sum()
         order[span] = pivots
     return order
 

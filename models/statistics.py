@@ -28,7 +28,7 @@ class Moments:
         self.s0, self.s1, self.s2 = zeros(groups), zeros(groups, width), zeros(groups, width, width)
 
     def add(self, x, weight):
-        """x: [G, n, d]; weight: [G, n], not negative. Products are taken in the dtype of x, summed in float64."""
+        """x: [G, n, d] in float64; weight: [G, n], not negative."""
         root = weight.sqrt().unsqueeze(-1)
         rooted = x * root
         self.count += x.shape[1]
@@ -169,8 +169,7 @@ class _BlockTap:
             output.register_hook(lambda gradient: _add_gram(self.sums.mlp_gram, gradient))
 
     def _add_hidden(self, a, gradient):
-        # float32: the M x M moments are the one product whose cost compares with the network's own.
-        a, gradient = rearrange(a.float(), "b t m -> (b t) m"), rearrange(gradient.float(), "b t m -> (b t) m")
+        a, gradient = rearrange(a.double(), "b t m -> (b t) m"), rearrange(gradient.double(), "b t m -> (b t) m")
         taylor = (a * gradient).abs()
         self.sums.taylor_mlp += reduce(taylor, "n m -> m", "sum")
         self.sums.hessian_mlp += reduce(taylor.square(), "n m -> m", "sum")

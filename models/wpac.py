@@ -118,7 +118,7 @@ def hidden_order(mlp, sums, kind):
     if kind == "greedy":
         mean = sums.hidden.weighted_mean
         weight = mlp.fc2.weight.detach().double()
-        return greedy_order(sums.hidden.about(mean)[0], weight, sums.mlp_gram / sums.hidden.count)
+        return greedy_order(sums.hidden.about(mean)[0], weight, sums.mlp_gram / sums.hidden.count, sums.taylor_mlp)
     importance = {"taylor": sums.taylor_mlp, "hessian": sums.hessian_mlp}[kind]
     return importance.argsort(descending=True, stable=True)
 

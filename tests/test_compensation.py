@@ -67,7 +67,7 @@ def test_greedy_order_picks_the_best_next_unit_each_time():
         factor = factorise(covariance[order][:, order])
         return unit_errors(weight[:, order], factor, gram)[len(chosen) :].sum().item()
 
-    order = greedy_order(covariance, weight, gram).tolist()
+    order = greedy_order(covariance, weight, gram, torch.rand(12)).tolist()
     assert sorted(order) == list(range(12))
     for count in range(8):
         best = min(left([*order[:count], j]) for j in range(12) if j not in order[:count])
