@@ -239,6 +239,7 @@ BAD = [
     (["main_reparam.py", "--model", "vit_tiny", "--data-set", "DIGITS"], "timm/deit_tiny_patch16_224.fb_in1k"),
     (["main_reparam.py", "--model", "vit_digits", "--data-set", "NOPE"], "--data_set NOPE"),
     (["main_train.py", "--model", "vit_digits", "--pretrained", "nowhere.pth"], "main_reparam.py"),
+    (["main_reparam.py", "--data-set", "DIGITS", "--mlp-order", "greedy", "--no-compensation"], "use taylor"),
     (["main_test.py"], "give --checkpoint FOLDER"),
     (["main_test.py", "--checkpoint", "nowhere"], "no such folder or file"),
     (["main_test.py", "--macs", "many"], "not a number such as 8.44G"),
@@ -262,6 +263,20 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     torch.save({"model": Attack()}, tmp_path / "checkpoint_0.pth")
     output = run("main_test.py", "--checkpoint", tmp_path, "--device", "cpu", expect=2)
     assert "refused" in output and not (tmp_path / "it-ran").exists()
+
+
+def test_stage_1_names_what_is_wrong_and_writes_nothing(pretrained, tmp_path):
+    base = ["main_reparam.py", *PLAIN, "--model", "vit_digits", "--output-dir", tmp_path / "out"]
+    output = run(*base, "--pretrained", pretrained, "--proxy-samples", "5000", expect=2)
+    assert "5000 proxy images asked for, the training set has 1198" in output
+    state = read_checkpoint(pretrained)["model"]
+    state["blocks.1.mlp.fc1.weight"][3, 4] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    assert "blocks.1.mlp.fc1.weight holds NaN" in run(*base, "--pretrained", tmp_path / "nan.pth", expect=2)
+    state["blocks.1.mlp.fc1.weight"][3, 4] = 1e38
+    torch.save(state, tmp_path / "huge.pth")
+    assert "NaN or infinite" in run(*base, "--pretrained", tmp_path / "huge.pth", expect=2)
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_checkpoint_with_another_head_is_refitted_and_said(pretrained, tmp_path):

@@ -1,0 +1,146 @@
+"""Data sets and weight files in the layouts users have, and loaders that do not depend on workers."""
+
+import gzip
+import pickle
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_images, tiny_vit
+from PIL import Image
+from safetensors.torch import save_file
+
+import datasets
+from models.vit import ModelSpec, load_pretrained, load_weights, read_checkpoint
+from utils import InputError
+
+
+def named(args, data_set, path):
+    return Namespace(**{**vars(args), "data_set": data_set, "data_path": str(path)})
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def test_fashion_mnist_from_gzipped_idx_files(shared_args, tmp_path):
+    pixels = np.arange(3 * 28 * 28).reshape(3, 28, 28) % 251
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", pixels)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.array([4, 0, 9]))
+    dataset = datasets.load_images(named(shared_args, "FASHION_MNIST", tmp_path), train=False)
+    image, label = dataset[2]
+    assert len(dataset) == 3 and label == 9 and image.mode == "RGB"
+    assert np.array_equal(np.asarray(image)[..., 1], pixels[2])
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"not gzip")
+    with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte\.gz: not a gzipped IDX file"):
+        datasets.load_images(named(shared_args, "FASHION_MNIST", tmp_path), train=False)
+
+
+def test_cifar_in_torchvisions_layout(shared_args, tmp_path, monkeypatch):
+    # torchvision compares checksums of the published files, which made-up ones cannot have.
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._load_meta", lambda self: None)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    content = {"data": np.zeros((2, 3072), np.uint8), "labels": [3, 7]}
+    (folder / "test_batch").write_bytes(pickle.dumps(content))
+    dataset = datasets.load_images(named(shared_args, "CIFAR10", tmp_path), train=False)
+    assert len(dataset) == 2 and dataset[1][1] == 7 and datasets.count_classes(dataset) == 10
+
+
+def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
+    for split in ("train", "validation"):
+        for name in ("cat", "dog", "eel"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (9, 9)).save(tmp_path / split / name / "0.png")
+    dataset = datasets.load_images(named(shared_args, "ImageFolder", tmp_path), train=True)
+    assert len(dataset) == 3 and datasets.count_classes(dataset) == 3
+    config = {"img_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    loader = datasets.eval_loader(dataset, datasets.eval_transform(shared_args, config), shared_args)
+    images, labels, _ = next(iter(loader))
+    assert images.shape == (3, 3, 16, 16) and labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10", "CIFAR", "FLOWERS", "FOOD", "FASHION_MNIST", "nonsense"])
+def test_a_missing_data_set_is_named_with_its_path(name, shared_args, tmp_path):
+    with pytest.raises(InputError) as error:
+        datasets.load_images(named(shared_args, name, tmp_path / "nowhere"), train=True)
+    assert str(tmp_path / "nowhere") in str(error.value)
+
+
+def training_args(args, **changes):
+    defaults = {
+        "scale": (0.3, 1.0), "hflip": 0.5, "color_jitter": 0.3, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25,
+        "train_interpolation": "bicubic", "remode": "pixel", "recount": 1, "repeated_aug": True,
+    }  # fmt: skip
+    return Namespace(**{**vars(args), **defaults, **changes})
+
+
+def test_augmentation_depends_on_seed_epoch_and_position_alone(shared_args):
+    args, config = training_args(shared_args), {"img_size": 48, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    images = datasets.load_images(args, train=True)
+
+    def epoch(number, **changes):
+        changed = Namespace(**{**vars(args), **changes})
+        loader = datasets.train_loader(images, datasets.train_transform(changed, config), changed)
+        loader.sampler.set_epoch(number)
+        return next(iter(loader))[0]
+
+    first = epoch(0)
+    assert torch.equal(first, epoch(0))
+    assert torch.equal(first, epoch(0, num_workers=2))
+    assert not torch.equal(first, epoch(1)) and not torch.equal(first, epoch(0, seed=1))
+
+
+def test_deits_policy_runs_at_its_largest_magnitude(shared_args):
+    """Posterise to 0 bits, which recent versions of Pillow refuse, comes up in DeiT's own policy."""
+    args = training_args(shared_args, aa="rand-m10-inc1")
+    transform = datasets.train_transform(args, {"img_size": 48, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
+    for _ in range(60):
+        assert transform(image).shape == (3, 48, 48)
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize("kind", ["deit", "bare", "safetensors", "ddp"])
+def test_weight_files_of_every_kind_load(kind, tmp_path):
+    spec = ModelSpec("vit_digits", 10)
+    source = spec.build().eval()
+    state, path = source.state_dict(), tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "ddp":
+        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+    else:
+        torch.save({"model": state} if kind == "deit" else state, path)
+    model, remarks = load_pretrained(spec, path)
+    images = random_images(2)
+    assert torch.equal(model.eval()(images), source(images)) and not remarks
+
+
+def test_positions_are_resampled_to_another_image_size(tmp_path):
+    torch.save(ModelSpec("vit_digits", 10).build().state_dict(), tmp_path / "w.pth")
+    model, _ = load_pretrained(ModelSpec("vit_digits", 10, 24), tmp_path / "w.pth")
+    assert model.pos_embed.shape == (1, 37, 64) and model(random_images(1, size=24)).shape == (1, 10)
+
+
+def test_damaged_and_wrong_checkpoints_are_named(tmp_path):
+    good = tmp_path / "good.pth"
+    torch.save(tiny_vit().state_dict(), good)
+    (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    for name, message in {
+        "cut.pth": "not a readable", "empty.pth": "not a readable", "empty.safetensors": "not a readable",
+        "list.pth": "expected a dict", "none.pth": "no state dict", "absent.pth": "no such file",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            read_checkpoint(tmp_path / name)
+    with pytest.raises(InputError, match="does not fit the model"):
+        load_weights(tiny_vit(embed_dim=96), read_checkpoint(good)["model"], good)
