@@ -58,11 +58,17 @@ def build_model(args):
     if not args.model:
         raise InputError("--model is required: vit_tiny, vit_small, vit_base, or any timm VisionTransformer")
     images = datasets.load_images(args, train=True)
-    classes = args.nb_classes or datasets.count_classes(images) or default_num_classes(args.model)
+    classes = args.nb_classes
+    if classes is None:
+        classes = datasets.count_classes(images) or default_num_classes(args.model)
+    if not classes and args.objective == "label":
+        raise InputError("--nb_classes 0: without a classifier there are no logits to measure; use --objective feature")
     spec = ModelSpec(args.model, classes, args.input_size)
     model, remarks = load_pretrained(spec, args.pretrained)
     for remark in remarks:
         say(f"note: {remark}")
+    if remarks and args.objective == "label":
+        say("note: the logits of a new classifier say nothing yet; --objective feature does without them")
     return images, model, spec
 
 

@@ -59,6 +59,10 @@ def measure(network, shapes, widths, loader, device, args):
 
 def test_images(args, classes, model):
     """The loader of the test set, checked against the classifier."""
+    if not classes:
+        raise utils.InputError(
+            "the checkpoint has no classifier to test; models.store.load_supernet(...).cut(step) cuts it"
+        )
     images = datasets.load_images(args, train=False)
     own = datasets.count_classes(images)
     if own and own != classes:
@@ -142,7 +146,9 @@ def main(args):
     say(f"wrote {output / 'results.json'} and results.csv")
     if not peeled:
         say("to fine-tune one of them:")
-        say(f"  python main_finetune_peeled.py --checkpoint {path.parent} --macs_ratio 0.5 --data_set {args.data_set}")
+        table = f" --mask_table {args.mask_table}" if args.mask_table else ""
+        tail = f"--macs_ratio 0.5 --data_set {args.data_set} --data_path {args.data_path}"
+        say(f"  python main_finetune_peeled.py --model {spec.name} --checkpoint {path}{table} {tail}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def build(args, device):
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
     state = read_checkpoint(path)["model"]
-    classes = args.nb_classes or datasets.count_classes(images) or state["head.weight"].shape[0]
+    classes = args.nb_classes or datasets.count_classes(images) or len(state.get("head.weight", ()))
+    if not classes:
+        raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb_classes")
     spec = ModelSpec(args.model, classes, args.input_size)
     model = spec.build(drop_path_rate=args.drop_path)
     for remark in load_weights(model, state, path, replace_head=True):

@@ -9,7 +9,9 @@ def stage_parser(description):
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=None, help="vit_tiny, vit_small, vit_base, or any timm VisionTransformer")
     group.add_argument("--input_size", type=positive_int, default=None, help="image size in pixels; the model's own")
-    group.add_argument("--nb_classes", type=positive_int, default=None, help="classes; those of the data set")
+    group.add_argument(
+        "--nb_classes", type=non_negative_int, default=None, help="classes, 0 for no classifier; those of the data set"
+    )
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="data", help="folder of the data set")
     group.add_argument(

@@ -107,12 +107,12 @@ def load_weights(model, state, source, replace_head=False):
     """
     state = checkpoint_filter_fn(dict(state), model)
     own, remarks = model.state_dict(), []
-    head = {name for name in state if name.startswith(("head.", "head_dist.")) and name in own}
-    if replace_head and any(state[name].shape != own[name].shape for name in head):
-        was, now = state["head.weight"].shape[0], model.num_classes
-        remarks.append(f"the classifier of {source} has {was} classes: replaced by a new one for {now}")
-        state = {name: value for name, value in state.items() if name not in head}
-        state |= {name: own[name] for name in head}
+    head, own_head = ({n: v for n, v in s.items() if n.startswith(("head.", "head_dist."))} for s in (state, own))
+    if replace_head and {n: v.shape for n, v in head.items()} != {n: v.shape for n, v in own_head.items()}:
+        was = f"has {len(head['head.weight'])} classes" if "head.weight" in head else "is not there"
+        now = f"replaced by a new one for {model.num_classes}" if own_head else "left out"
+        remarks.append(f"the classifier of {source} {was}: {now}")
+        state = {name: value for name, value in state.items() if name not in head} | own_head
     wrong = [
         f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model"
         for name in own

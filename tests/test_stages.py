@@ -279,6 +279,16 @@ def test_stage_1_names_what_is_wrong_and_writes_nothing(pretrained, tmp_path):
     assert not any((tmp_path / "out").iterdir())
 
 
+def test_a_network_without_a_classifier_is_reparameterised_without_labels(pretrained, tmp_path):
+    base = ["main_reparam.py", *PLAIN, "--model", "vit_digits", "--proxy-samples", "64", "--pretrained", pretrained]
+    run(*base, "--nb-classes", "0", "--objective", "feature", "--output-dir", tmp_path)
+    assert not any(name.startswith("head") for name in read_checkpoint(tmp_path / "reparamed.pth")["model"])
+    net = load_supernet(tmp_path)
+    assert net.cut(net.table.last // 2)(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
+    assert "no classifier to test" in run("main_test.py", *PLAIN, "--checkpoint", tmp_path, expect=2)
+    assert "use --objective feature" in run(*base, "--nb-classes", "0", expect=2)
+
+
 def test_a_checkpoint_with_another_head_is_refitted_and_said(pretrained, tmp_path):
     output = run(
         "main_reparam.py", *PLAIN, "--model", "vit_digits", "--proxy-samples", "16", "--pretrained", pretrained,
