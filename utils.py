@@ -87,10 +87,10 @@ def human(value):
 
 
 def run_stage(main, args):
-    """Run ``main(args)``; an InputError becomes one line and exit code 2, and the process group always ends."""
+    """Run ``main(args)``; bad input, or a loss gone bad, becomes one line and exit code 2."""
     try:
         main(args)
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Without the interpreter's clean-up: another rank may be waiting inside a collective for this one.
         os._exit(2) if is_distributed() else sys.exit(2)
