@@ -28,15 +28,14 @@ class Moments:
         self.s0, self.s1, self.s2 = zeros(groups), zeros(groups, width), zeros(groups, width, width)
 
     def add(self, x, weight):
-        """x: [G, n, d] in float64; weight: [G, n], not negative."""
+        """x: [G, n, d]; weight: [G, n], not negative. Products are taken in the dtype of x, summed in float64."""
         root = weight.sqrt().unsqueeze(-1)
         rooted = x * root
         self.count += x.shape[1]
         self.total += x.sum(1)
         self.s0 += weight.sum(1)
         self.s1 += (rooted * root).sum(1)
-        # Both factors alike, so that rounding leaves the sum symmetric and as good as positive semi-definite.
-        self.s2 += rooted.mT @ rooted
+        _add_product(self.s2, rooted)
 
     @property
     def mean(self):
@@ -63,6 +62,17 @@ class Moments:
     def all_reduce(self):
         for name, value in vars(self).items():
             setattr(self, name, utils.all_reduce_sum(value))
+
+
+def _add_product(total, x):
+    """total [G, d, d] += x^T x for x [G, n, d]: symmetric, so blocks above the diagonal are not multiplied out again."""
+    bounds = range(0, x.shape[-1], 512)
+    for i in bounds:
+        for j in range(0, i + 1, 512):
+            block = x[..., i : i + 512].mT @ x[..., j : j + 512]
+            total[:, i : i + 512, j : j + 512] += block
+            if i != j:
+                total[:, j : j + 512, i : i + 512] += block.mT
 
 
 @dataclass
@@ -169,7 +179,8 @@ class _BlockTap:
             output.register_hook(lambda gradient: _add_gram(self.sums.mlp_gram, gradient))
 
     def _add_hidden(self, a, gradient):
-        a, gradient = rearrange(a.double(), "b t m -> (b t) m"), rearrange(gradient.double(), "b t m -> (b t) m")
+        # float32: the M x M moments are the one product whose cost compares with the network's own.
+        a, gradient = rearrange(a.float(), "b t m -> (b t) m"), rearrange(gradient.float(), "b t m -> (b t) m")
         taylor = (a * gradient).abs()
         self.sums.taylor_mlp += reduce(taylor, "n m -> m", "sum")
         self.sums.hessian_mlp += reduce(taylor.square(), "n m -> m", "sum")
