@@ -28,7 +28,7 @@ class Moments:
         self.s0, self.s1, self.s2 = zeros(groups), zeros(groups, width), zeros(groups, width, width)
 
     def add(self, x, weight):
-        """x: [G, n, d]; weight: [G, n], not negative. Products are taken in the dtype of x, summed in float64."""
+        """x: [G, n, d]; weight: [G, n], not negative. Multiplied in the dtype of x, summed in float64."""
         root = weight.sqrt().unsqueeze(-1)
         rooted = x * root
         self.count += x.shape[1]
