@@ -65,7 +65,7 @@ class Moments:
 
 
 def _add_product(total, x):
-    """total [G, d, d] += x^T x for x [G, n, d]: symmetric, so blocks above the diagonal are not multiplied out again."""
+    """total [G, d, d] += x^T x for x [G, n, d]; it is symmetric, so blocks above the diagonal are copied."""
     bounds = range(0, x.shape[-1], 512)
     for i in bounds:
         for j in range(0, i + 1, 512):
