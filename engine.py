@@ -37,7 +37,7 @@ class Run:
         self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
 
     def checkpoint(self, epoch):
-        """The published layout (FORMATS)."""
+        """The layout of the published super-networks."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -83,7 +83,7 @@ def make_criterion(args):
 
 
 def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, device, args, table=None, mixup=None, ema=None):
-    """One epoch; with a WidthTable every step trains one uniformly drawn entry of it (METHOD section 3).
+    """One epoch; with a WidthTable every step trains one uniformly drawn entry of it (paper, PIAD).
 
     All randomness of a step comes from (seed, global step, rank), so that a resumed run repeats an uninterrupted one.
     ``model`` may be wrapped in DistributedDataParallel. Returns {'loss': mean over ranks, 'lr': last rate}.
@@ -162,7 +162,7 @@ class _Replay(nn.Module):
 
 @torch.inference_mode()
 def branch_costs(model, loader, device, amp="none"):
-    """Mean cross-entropy of a super-network at its present widths, and with each branch removed (METHOD section 3).
+    """Mean cross-entropy of a super-network at its present widths, and with each branch removed (paper, PIAD).
 
     Removing a branch leaves everything before its block unchanged, so those activations are computed once per batch.
     Returns (cost, [2L costs without a branch, order of Widths.flat]); a branch that is gone already costs nothing more.

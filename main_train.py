@@ -61,6 +61,14 @@ def grow_table(model, table, shapes, loader, epoch, args, device):
     piad.grow(table.steps, importance, groups, shapes.macs, target)
 
 
+def restore_table(content, path, full):
+    """The table of the checkpoint ``content``, or beside it if it holds none, as published ones. Raises InputError."""
+    beside = path.parent / store.TABLE_NAME
+    table = WidthTable.from_json(content["mask_table"], path) if "mask_table" in content else WidthTable.load(beside)
+    table.check_fits(full, path)
+    return table
+
+
 def evaluate_ends(model, table, loader, device, amp):
     """Top-1 of the largest, the middle and the smallest sub-network."""
     accuracies = {}
@@ -83,7 +91,7 @@ def main(args):
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run, shapes, table = Run(model, args, device, len(train)), Shapes.of(model), WidthTable([full_widths(model)])
     if args.resume:
-        table = WidthTable.from_json(run.restore(args.resume)["mask_table"], args.resume)
+        table = restore_table(run.restore(args.resume), Path(args.resume), table.steps[0])
         say(f"resuming from {args.resume} at epoch {run.start_epoch} with {table.last} steps")
     say(
         f"{spec.name}: {human(shapes.macs(table.steps[0]))} MACs, batch {args.batch_size} x {utils.world_size()} ranks,"

@@ -191,7 +191,7 @@ def error_table(bench, variant):
 
 
 def sensitivity_table(bench, variant):
-    """A table grown in one go by the importance of METHOD section 3, measured on the full network."""
+    """A table grown in one go by PIAD's importance, measured on the full network."""
     model = variant[0]
     set_widths(model, bench.full)
     gammas = piad.sensitivity(*branch_costs(model, bench.proxy, bench.device))

@@ -1,4 +1,4 @@
-"""Sequential refit of one extracted network on proxy images (METHOD section 2, ``--calibrate``).
+"""Sequential refit of one extracted network on proxy images (docs/stage1.md, ``--calibrate``).
 
 Block by block, the output layers of the truncated branches (proj and fc2) are refitted so that the residual stream
 after the branch matches the full network's, given what the already refitted blocks before it deliver.

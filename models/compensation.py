@@ -1,4 +1,4 @@
-"""Closed-form compensation of what truncation drops (METHOD section 2): no data, no training, one solve per block.
+"""Closed-form compensation of what truncation drops (docs/stage1.md, 6): no data, no training, one solve per block.
 
 The hidden units that a narrower MLP keeps predict the dropped ones linearly; folding the prediction into fc2 loses only
 what they cannot predict. With the covariance C of the hidden vector a factored once as C = F F^T, F lower triangular,
@@ -155,7 +155,7 @@ def greedy_order(covariance, weight, gram, importance):
 
 @torch.no_grad()
 def compensate(network, supernet, widths, memory):
-    """Fold into an extracted network what its truncation drops, in place (METHOD section 2).
+    """Fold into an extracted network what its truncation drops, in place (docs/stage1.md, 6).
 
     Narrower MLPs get the closed-form fc2. The mean output of a branch that is gone goes into the output bias of the
     last kept branch before it, or into the embedding where there is none: nothing reads the residual stream in

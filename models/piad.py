@@ -1,7 +1,7 @@
 """PIAD, progressive importance-aware dropout: what each unit is worth, and the list of what goes first.
 
 A unit is the smallest thing that can be dropped: 1/8 of the head width (in all heads of a block together) or 1/32
-of the hidden width. METHOD section 3; paper, section on PIAD.
+of the hidden width. Paper, section on PIAD.
 """
 
 import heapq

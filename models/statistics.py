@@ -195,7 +195,7 @@ def _add_gram(total, gradient):
 
 
 def collect_statistics(model, batches, objective, device, moments=True, hidden=False, amp="none"):
-    """Sums over the proxy set of every block of a super-network at its present widths (METHOD section 1).
+    """Sums over the proxy set of every block of a super-network at its present widths (docs/stage1.md).
 
     Args:
         batches: iterable of (images [B, C, H, W], labels [B], positions [B] in the proxy set): this rank's share.

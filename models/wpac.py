@@ -39,7 +39,7 @@ def pca_basis(covariance):
 
 
 def output_basis(covariance_z, output_gram, proj):
-    """Maps of v and proj that sort the head's dimensions by what survives in W_o z (METHOD section 1, change 2).
+    """Maps of v and proj that sort the head's dimensions by what survives in W_o z (docs/stage1.md, 2).
 
     Args:
         covariance_z: [H, d, d] of the attention output z.
@@ -62,7 +62,7 @@ def output_errors(variance_z, proj, gram):
 
 
 def query_key_basis(moment_q, covariance_k):
-    """Maps of q and k that sort the head's dimensions by what survives in q^T k (METHOD section 1, change 3).
+    """Maps of q and k that sort the head's dimensions by what survives in q^T k (docs/stage1.md, 3).
 
     Args: second moment of q and covariance of the centred k, both [H, d, d].
     Returns (map_q, map_k), [H, d, d] each, with map_q^T map_k = I, so that q^T k is exact.

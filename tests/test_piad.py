@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def brute_force(importance):
-    """METHOD section 3 word for word: the tail [j:] of least mean leaves, the shortest of equals; then again."""
+    """The rule word for word: the tail [j:] of least mean leaves, the shortest of equals; then again."""
     kept, order = [Fraction(v) for v in importance], []
     while kept:
         means = [sum(kept[j:]) / len(kept[j:]) for j in range(len(kept))]

@@ -170,7 +170,7 @@ def test_bad_proxy_sets_are_named():
 
 @torch.no_grad()
 def test_truncation_after_balanced_beats_pca_beats_unrotated():
-    """The order of METHOD's table, on the attention of a random network, by mean squared change of the logits."""
+    """The expected order of the three, on the attention of a random network, by mean squared change of the logits."""
     images, widths = random_images(32), Widths((4,) * 3, (192,) * 3)
     errors = {}
     for basis in (None, "pca", "balanced"):
