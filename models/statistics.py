@@ -28,12 +28,12 @@ class Moments:
         self.s0, self.s1, self.s2 = zeros(groups), zeros(groups, width), zeros(groups, width, width)
 
     def add(self, x, weight):
-        """x: [G, n, d]; weight: [G, n], not negative. Multiplied in the dtype of x, summed in float64."""
+        """x: [G, n, d]; weight: [G, n], not negative. Sums and products are float64 whatever the dtype of x."""
         root = weight.sqrt().unsqueeze(-1)
-        rooted = x * root
+        rooted = (x * root).double()
         self.count += x.shape[1]
-        self.total += x.sum(1)
-        self.s0 += weight.sum(1)
+        self.total += x.sum(1, dtype=torch.float64)
+        self.s0 += weight.sum(1, dtype=torch.float64)
         self.s1 += (rooted * root).sum(1)
         _add_product(self.s2, rooted)
 
@@ -66,13 +66,12 @@ class Moments:
 
 def _add_product(total, x):
     """total [G, d, d] += x^T x for x [G, n, d]; it is symmetric, so blocks above the diagonal are copied."""
-    bounds = range(0, x.shape[-1], 512)
-    for i in bounds:
-        for j in range(0, i + 1, 512):
-            block = x[..., i : i + 512].mT @ x[..., j : j + 512]
-            total[:, i : i + 512, j : j + 512] += block
-            if i != j:
-                total[:, j : j + 512, i : i + 512] += block.mT
+    size = 256
+    for i in range(0, x.shape[-1], size):
+        rows, before = x[..., i : i + size], x[..., : i + size]
+        block = rows.mT @ before
+        total[:, i : i + size, : i + size] += block
+        total[:, :i, i : i + size] += block[..., :i].mT
 
 
 @dataclass
@@ -179,7 +178,6 @@ class _BlockTap:
             output.register_hook(lambda gradient: _add_gram(self.sums.mlp_gram, gradient))
 
     def _add_hidden(self, a, gradient):
-        # float32: the M x M moments are the one product whose cost compares with the network's own.
         a, gradient = rearrange(a.float(), "b t m -> (b t) m"), rearrange(gradient.float(), "b t m -> (b t) m")
         taylor = (a * gradient).abs()
         self.sums.taylor_mlp += reduce(taylor, "n m -> m", "sum")
