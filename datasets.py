@@ -179,8 +179,20 @@ def eval_transform(args, config):
 
 def data_config(model):
     """Image size, mean and std of a timm model, for the transforms."""
-    cfg = model.pretrained_cfg
-    return {"img_size": model.patch_embed.img_size[0], "mean": cfg["mean"], "std": cfg["std"]}
+    cfg, embedding = model.pretrained_cfg, getattr(model, "patch_embed", None)
+    size = embedding.img_size[0] if hasattr(embedding, "img_size") else cfg["input_size"][-1]
+    return {"img_size": size, "mean": cfg["mean"], "std": cfg["std"]}
+
+
+def between_models(student, teacher):
+    """The transform of a batch [B, 3, h, w] made for the timm model ``student`` into one for ``teacher``."""
+    own, other = data_config(student), data_config(teacher)
+    mean = [(m - n) / s for m, n, s in zip(other["mean"], own["mean"], own["std"], strict=True)]
+    std = [s / t for s, t in zip(other["std"], own["std"], strict=True)]
+    steps = [T.Resize((other["img_size"],) * 2, T.InterpolationMode.BICUBIC)] * (own["img_size"] != other["img_size"])
+    return T.Compose(
+        [*steps, T.Normalize(mean, std)] if (own["mean"], own["std"]) != (other["mean"], other["std"]) else steps
+    )
 
 
 # ------------------------------------------------------------------------------------------ loaders

@@ -1,6 +1,7 @@
 """Training for one epoch, evaluating, and measuring what the removal of each residual branch costs."""
 
-import math
+import shutil
+from contextlib import nullcontext
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -13,28 +14,43 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
-from models.piad import draw_step
 from models.vit import load_weights, read_checkpoint, set_widths
 from utils import InputError
+
+BEST_NAME = "best_checkpoint.pth"
 
 
 class Run:
     """Everything that training changes, and that a checkpoint therefore holds."""
 
-    def __init__(self, model, args, device, updates_per_epoch):
-        self.model, self.args = model, args
+    def __init__(self, model, args, device, batches_per_epoch):
+        self.model, self.args, self.device = model, args, device
+        self.updates_per_epoch = batches_per_epoch // args.accum_iter
+        if not self.updates_per_epoch:
+            raise InputError(f"--accum_iter {args.accum_iter}: an epoch has {batches_per_epoch} batches")
         # DeiT's rule: the rate is given for 512 images a step.
-        self.lr = args.lr if args.unscale_lr else args.lr * args.batch_size * utils.world_size() / 512
+        self.batch = args.batch_size * args.accum_iter * utils.world_size()
+        self.lr = args.lr if args.unscale_lr else args.lr * self.batch / 512
         self.optimizer = create_optimizer_v2(model, opt=args.opt, lr=self.lr, weight_decay=args.weight_decay)
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr,
-            warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, updates_per_epoch=updates_per_epoch,
+            self.optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+            warmup_epochs=args.warmup_epochs, updates_per_epoch=self.updates_per_epoch,
         )  # fmt: skip
         self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.start_epoch, self.max_accuracy = 0, 0.0
         # A sub-network without a branch leaves that branch's parameters out of the backward pass.
         self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
+
+    def update(self, step):
+        """One optimiser step with the gradients that are there; ``step`` is the global one."""
+        if self.args.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update(self.model, step=step)
 
     def checkpoint(self, epoch):
         """The layout of the published super-networks."""
@@ -64,10 +80,14 @@ class Run:
         self.start_epoch, self.max_accuracy = content["epoch"] + 1, content.get("max_accuracy", 0.0)
         return content
 
-    def save(self, epoch, output, **more):
-        """Write checkpoint_<epoch>.pth whole, then remove all but the last ``--keep_last``."""
-        utils.save_torch(self.checkpoint(epoch) | more, output / f"checkpoint_{epoch}.pth")
+    def save(self, epoch, output, best=False, **more):
+        """Write checkpoint_<epoch>.pth whole, if ``best`` best_checkpoint.pth too; keep the last ``--keep_last``."""
+        path = output / f"checkpoint_{epoch}.pth"
+        utils.save_torch(self.checkpoint(epoch) | more, path)
         if utils.is_main():
+            if best:
+                with utils.whole_file(output / BEST_NAME) as temporary:
+                    shutil.copyfile(path, temporary)
             for old in range(epoch - self.args.keep_last, -1, -1):
                 path = output / f"checkpoint_{old}.pth"
                 if not path.exists():
@@ -82,47 +102,59 @@ def make_criterion(args):
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
-def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, device, args, table=None, mixup=None, ema=None):
-    """One epoch; with a WidthTable every step trains one uniformly drawn entry of it (paper, PIAD).
+def train_one_epoch(run, loader, criterion, epoch, mixup=None, draw=None, teacher=None):
+    """One epoch of ``run`` (Run); a super-network trains the sub-networks that ``draw(global step)`` names, as Widths.
 
-    All randomness of a step comes from (seed, global step, rank), so that a resumed run repeats an uninterrupted one.
-    ``model`` may be wrapped in DistributedDataParallel. Returns {'loss': mean over ranks, 'lr': last rate}.
-    Raises FloatingPointError on a non-finite loss, before the optimiser sees it.
+    All randomness comes from (seed, global step, rank), so that a resumed run repeats an uninterrupted one. An update
+    takes ``--accum_iter`` batches, all through the same sub-networks: it equals one of a batch so many times larger.
+    ``teacher``: Distillation or None. Returns {'loss': mean over ranks, 'lr': last rate}.
+    Raises FloatingPointError on all ranks together on a non-finite loss, before the optimiser sees it.
     """
-    model.train()
-    core = unwrap(model)
-    total, count = torch.zeros((), device=device), 0
-    for step, (images, labels, _) in enumerate(progress(loader, f"epoch {epoch}")):
-        global_step = epoch * len(loader) + step
-        utils.seed_all(args.seed, global_step, utils.rank())
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if mixup:
-            # timm's Mixup pairs images and so needs an even number: an odd batch gives up its last.
-            even = len(images) // 2 * 2
-            images, labels = mixup(images[:even], labels[:even])
-        if table:
-            set_widths(core, table.steps[draw_step(args.seed, global_step, table.last)])
-        with utils.autocast(device, args.amp):
-            loss = criterion(model(images).float(), labels)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()} at epoch {epoch}, step {step}")
-        update(model, loss, optimizer, scaler, args.clip_grad)
-        if ema:
-            ema.update(core, step=global_step)
-        total, count = total + loss.detach(), count + 1
-    mean = utils.all_reduce_sum(total / count) / utils.world_size()
-    return {"loss": mean.item(), "lr": optimizer.param_groups[0]["lr"]}
+    args, device = run.args, run.device
+    run.parallel.train()
+    batches, total = iter(progress(loader, f"epoch {epoch}")), torch.zeros((), device=device)
+    for index in range(run.updates_per_epoch):
+        step, loss = epoch * run.updates_per_epoch + index, 0.0
+        subnets = draw(step) if draw else [None]
+        run.optimizer.zero_grad()
+        for micro in range(args.accum_iter):
+            images, labels, _ = next(batches)
+            utils.seed_all(args.seed, step * args.accum_iter + micro, utils.rank())
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if mixup:
+                # timm's Mixup pairs images and so needs an even number: an odd batch gives up its last.
+                even = len(images) // 2 * 2
+                images, labels = mixup(images[:even], labels[:even])
+            loss = loss + _backward(run, subnets, images, labels, criterion, teacher, micro + 1 == args.accum_iter)
+        if utils.all_reduce_max((~torch.isfinite(loss)).float()):
+            raise FloatingPointError(f"the loss is {loss.item()} at epoch {epoch}, step {index}")
+        run.update(step)
+        total += loss
+    mean = utils.all_reduce_sum(total / run.updates_per_epoch) / utils.world_size()
+    return {"loss": mean.item(), "lr": run.optimizer.param_groups[0]["lr"]}
 
 
-def update(model, loss, optimizer, scaler, clip_grad):
-    """One backward pass and optimiser step; ``scaler`` is a GradScaler, disabled unless the autocast is fp16."""
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    if clip_grad:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
+def _backward(run, subnets, images, labels, criterion, teacher, synchronise):
+    """Add the gradients of one batch, the mean over ``subnets``; ranks exchange them if ``synchronise``.
+
+    Returns the mean loss over the sub-networks, a share of the whole update's.
+    """
+    total, parts = 0.0, len(subnets) * run.args.accum_iter
+    with utils.autocast(run.device, run.args.amp):
+        targets = teacher.targets(images) if teacher else None
+    for index, widths in enumerate(subnets):
+        if widths:
+            set_widths(run.model, widths)
+        together = synchronise and index + 1 == len(subnets)
+        with nullcontext() if together or run.parallel is run.model else run.parallel.no_sync():
+            with utils.autocast(run.device, run.args.amp):
+                logits = run.parallel(images).float()
+            loss = criterion(logits, labels) if targets is None else teacher.loss(criterion, logits, labels, targets)
+            run.scaler.scale(loss / parts).backward()
+        if teacher and teacher.kind == "inplace" and index == 0:
+            targets = logits.detach()
+        total = total + loss.detach() / parts
+    return total
 
 
 @torch.inference_mode()
@@ -160,12 +192,21 @@ class _Replay(nn.Module):
         return self.activation
 
 
-@torch.inference_mode()
-def branch_costs(model, loader, device, amp="none"):
-    """Mean cross-entropy of a super-network at its present widths, and with each branch removed (paper, PIAD).
+# What the sensitivity of a branch is measured in, summed over a batch of logits and labels.
+MEASURES = {
+    "cost": lambda logits, labels: F.cross_entropy(logits.double(), labels, reduction="sum"),
+    "accuracy": lambda logits, labels: (logits.argmax(1) == labels).double().sum(),
+}
 
-    Removing a branch leaves everything before its block unchanged, so those activations are computed once per batch.
-    Returns (cost, [2L costs without a branch, order of Widths.flat]); a branch that is gone already costs nothing more.
+
+@torch.inference_mode()
+def branch_removal(model, loader, device, measure="cost", amp="none"):
+    """Mean cross-entropy (or accuracy) of a super-network at its present widths, and with each branch removed (paper,
+    PIAD). ``measure``: a key of MEASURES.
+
+    Removing a branch leaves everything before its block unchanged, so those activations are computed once per batch:
+    about L + 1 forward passes in place of 2L + 1.
+    Returns (value, [2L values without a branch, order of Widths.flat]); removing what is gone already changes nothing.
     """
     training, blocks = model.training, list(model.blocks)
     model.eval()
@@ -174,45 +215,40 @@ def branch_costs(model, loader, device, amp="none"):
         for images, labels, _ in progress(loader, "sensitivity"):
             images, labels = images.to(device), labels.to(device)
             with utils.autocast(device, amp):
-                sums += _branch_costs_of_batch(model, blocks, images, labels)
+                sums += _branch_removal_of_batch(model, blocks, images, labels, MEASURES[measure])
             n += len(labels)
     finally:
         model.blocks = nn.Sequential(*blocks)
         model.train(training)
     count = utils.all_reduce_sum(torch.tensor(float(n), dtype=torch.float64, device=device))
-    cost, *without = (utils.all_reduce_sum(sums) / count).tolist()
-    return cost, without
+    value, *without = (utils.all_reduce_sum(sums) / count).tolist()
+    return value, without
 
 
-def _branch_costs_of_batch(model, blocks, images, labels):
-    """Summed cross-entropies [1 + 2L] of one batch; leaves ``model.blocks`` replaced."""
+def _branch_removal_of_batch(model, blocks, images, labels, measure):
+    """Summed measures [1 + 2L] of one batch; leaves ``model.blocks`` replaced."""
 
-    def cost(sequence):
+    def measured(sequence):
         model.blocks = nn.Sequential(*sequence)
-        return F.cross_entropy(model(images).double(), labels, reduction="sum")
+        return measure(model(images), labels)
 
     inputs = []
     handles = [block.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])) for block in blocks]
-    costs = [cost(blocks)]
+    values = [measured(blocks)]
     for handle in handles:
         handle.remove()
     for index, block in enumerate(blocks):
         attn, mlp = block.attn_width, block.mlp_width
         for widths in ((0, mlp), (attn, 0)):
             if widths == (attn, mlp):
-                costs.append(costs[0])
+                values.append(values[0])
                 continue
             block.set_widths(*widths)
-            costs.append(cost([_Replay(inputs[index]), *blocks[index:]]))
+            values.append(measured([_Replay(inputs[index]), *blocks[index:]]))
             block.set_widths(attn, mlp)
-    return torch.stack(costs)
+    return torch.stack(values)
 
 
 def progress(loader, title):
     """The loader behind a progress bar, on the main rank."""
     return tqdm(loader, desc=title, disable=None if utils.is_main() else True, leave=False, mininterval=1.0)
-
-
-def unwrap(model):
-    """The network inside a DistributedDataParallel wrapper, or the network itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -71,9 +71,7 @@ def main(args):
 
     for epoch in range(run.start_epoch, args.epochs):
         train.sampler.set_epoch(epoch)
-        figures = train_one_epoch(
-            run.parallel, train, criterion, run.optimizer, run.scaler, epoch, device, args, mixup=mixup, ema=run.ema
-        )
+        figures = train_one_epoch(run, train, criterion, epoch, mixup)
         run.scheduler.step(epoch + 1)
         record = {"epoch": epoch, "train_loss": figures["loss"], "train_lr": figures["lr"]}
         if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:

@@ -10,7 +10,7 @@ import datasets
 import utils
 from models import piad, store
 from models.compensation import MEMORY_NAME, save_memory
-from models.cost import PAPER, Shapes
+from models.cost import Shapes
 from models.statistics import OBJECTIVES, collect_statistics
 from models.vit import ModelSpec, as_supernet, default_num_classes, full_widths, load_pretrained
 from models.width_table import WidthTable
@@ -76,7 +76,7 @@ def width_table(model, spec, memory, drop_ratio):
     """The table of a training-free super-network, grown in one go from the errors that dropping each unit leaves."""
     shapes, full = Shapes.of(model), full_widths(model)
     groups, steps = piad.Groups.of(full), [full]
-    importance = piad.error_importance(memory, full, groups, shapes, PAPER)
+    importance = piad.error_importance(memory, full, groups, shapes.unit_costs())
     piad.grow(steps, importance, groups, shapes.macs, shapes.macs(full) * (1 - drop_ratio))
     table = WidthTable(steps)
     table.meta = store.table_meta(spec, shapes, table)

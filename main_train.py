@@ -1,35 +1,46 @@
 """Stage 2: train the super-network with progressive importance-aware dropout (PIAD)."""
 
+import copy
 import json
 import time
 from pathlib import Path
 
+import torch
+
 import datasets
 import utils
-from engine import Run, branch_costs, evaluate, make_criterion, train_one_epoch
+from engine import Run, branch_removal, evaluate, make_criterion, train_one_epoch
 from models import piad, store
-from models.cost import PAPER, Shapes
+from models.cost import Shapes, measured_unit_costs
+from models.distillation import Distillation, load_teacher
 from models.statistics import OBJECTIVES, collect_statistics
 from models.vit import ModelSpec, as_supernet, full_widths, load_weights, read_checkpoint, set_widths
 from models.width_table import WidthTable
-from options import add_proxy_options, add_training_options, stage_parser
-from utils import InputError, human, say
+from options import add_distillation_options, add_piad_options, add_proxy_options, add_training_options, stage_parser
+from utils import InputError, RanksDisagree, human, say
+
+# The paper's recipe, and what replaced it where that won (docs/stage2.md).
+RECIPES = {
+    "paper": {"distillation_type": "none", "always": [], "sampling": "uniform"},
+    "ours": {"distillation_type": "none", "always": [], "sampling": "uniform"},
+}
 
 
-def get_args():
+def get_args(argv=None):
     parser = stage_parser(__doc__)
     add_proxy_options(parser)
     add_training_options(parser, epochs=300, lr=5e-4, min_lr=1e-5, warmup_epochs=5)
-    group = parser.add_argument_group("progressive importance-aware dropout")
+    add_distillation_options(parser)
+    add_piad_options(parser, list(RECIPES))
+    group = parser.add_argument_group("files")
     group.add_argument("--pretrained", default=None, help="weights of stage 1; output/reparam/<model>/reparamed.pth")
-    group.add_argument("--grow_epochs", type=utils.positive_int, default=50, help="epochs in which the list grows")
-    group.add_argument("--drop_ratio", type=utils.fraction, default=0.875, help="share of MACs gone at the last step")
     group.add_argument("--output_dir", default=None, help="output/peelable/<model>")
-    return parser.parse_args()
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
+    return parser.parse_args(argv)
 
 
 def build(args, device):
-    """The super-network with its starting weights, its spec and the training images."""
+    """The super-network with its starting weights, its spec, the training images and the teacher, if any."""
     if not args.model:
         raise InputError("--model is required: vit_tiny, vit_small, vit_base, or any timm VisionTransformer")
     path = Path(args.pretrained or f"output/reparam/{args.model}/reparamed.pth")
@@ -42,23 +53,87 @@ def build(args, device):
         raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb_classes")
     spec = ModelSpec(args.model, classes, args.input_size)
     model = spec.build(drop_path_rate=args.drop_path)
-    for remark in load_weights(model, state, path, replace_head=True):
+    remarks = load_weights(model, state, path, replace_head=True)
+    for remark in remarks:
         say(f"note: {remark}")
-    return as_supernet(model).to(device), spec, images
+    teacher = make_teacher(args, model, remarks)
+    if teacher and teacher.network:
+        teacher.network.to(device)
+    return as_supernet(model).to(device), spec, images, teacher
 
 
-def grow_table(model, table, shapes, loader, epoch, args, device):
-    """Append to the dropout list what this epoch's target asks for, by importance at its present last step."""
+def make_teacher(args, model, remarks):
+    """The Distillation that the flags ask for, or None. Raises InputError if it cannot teach this ``model``."""
+    kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
+    if kind == "none":
+        return None
+    if kind == "inplace":
+        if "largest" not in args.always:
+            raise InputError("--distillation_type inplace: its targets are the full network's; add --always largest")
+        return Distillation(kind, alpha, tau)
+    if args.teacher_model:
+        teacher = load_teacher(args.teacher_model, model.num_classes, args.teacher_path)
+        return Distillation(kind, alpha, tau, teacher, datasets.between_models(model, teacher))
+    if remarks:
+        raise InputError(f"--distillation_type {kind}: the classifier is new, so give --teacher_model")
+    return Distillation(kind, alpha, tau, copy.deepcopy(model))
+
+
+def grow_table(model, table, shapes, loader, epoch, unit_costs, args, device):
+    """Append to the dropout list what this epoch's target asks for, by importance at its present last step.
+
+    Raises RanksDisagree if the ranks do not arrive at the same list.
+    """
     target = piad.target_cost(shapes.macs(table.steps[0]), args.drop_ratio, epoch, args.grow_epochs)
-    if shapes.macs(table.steps[-1]) <= target:
+    if args.mask_table or shapes.macs(table.steps[-1]) <= target:
         return
     set_widths(model, table.steps[-1])
-    cost, without = branch_costs(model, loader, device, args.amp)
+    value, without = branch_removal(model, loader, device, args.sensitivity, args.amp)
     statistics = collect_statistics(model, loader, OBJECTIVES[args.objective], device, moments=False, amp=args.amp)
     groups = piad.Groups.of(table.steps[0])
-    gammas = piad.sensitivity(cost, without)
-    importance = piad.unit_importance(gammas, statistics, table.steps[-1], groups, shapes, PAPER)
+    sign = -1 if args.sensitivity == "accuracy" else 1
+    gammas = piad.sensitivity(sign * value, [sign * v for v in without])
+    importance = piad.unit_importance(gammas, statistics, table.steps[-1], groups, unit_costs)
     piad.grow(table.steps, importance, groups, shapes.macs, target)
+    if not utils.all_the_same(table.to_json()):
+        raise RanksDisagree(f"epoch {epoch}: the ranks grew different width tables; their data or weights must differ")
+
+
+def make_draw(table, shapes, args):
+    """The function of the global step that names the sub-networks it trains: a list of Widths, the largest first."""
+    weights = piad.step_weights(args.sampling, [shapes.macs(widths) for widths in table.steps])
+    stream = (utils.rank(),) if args.subnet_per_rank else ()
+    always = {{"largest": 0, "smallest": table.last}[name] for name in args.always}
+
+    def draw(step):
+        drawn = piad.draw_step(weights, args.seed, step, *stream)
+        return [table.steps[index] for index in sorted(always | {drawn})]
+
+    return draw
+
+
+def first_table(args, model):
+    """The width table that training starts with: the full network alone, or all of ``--mask_table``."""
+    full = full_widths(model)
+    if not args.mask_table:
+        return WidthTable([full])
+    table = WidthTable.load(args.mask_table)
+    table.check_fits(full, args.mask_table)
+    return WidthTable(table.steps)
+
+
+def measure_unit_costs(args, model, shapes, device):
+    """What a dimension of all heads and a hidden unit cost, the same on all ranks: MACs or seconds."""
+    if args.importance_per == "macs":
+        return shapes.unit_costs()
+    seconds = torch.tensor(measured_unit_costs(model, args.batch_size, device), dtype=torch.float64, device=device)
+    return tuple(utils.all_reduce_max(seconds).tolist())
+
+
+def is_complete(table, shapes, args):
+    """Whether the dropout list will grow no further."""
+    smallest = piad.target_cost(shapes.macs(table.steps[0]), args.drop_ratio, args.grow_epochs, args.grow_epochs)
+    return bool(args.mask_table) or shapes.macs(table.steps[-1]) <= smallest
 
 
 def restore_table(content, path, full):
@@ -69,19 +144,28 @@ def restore_table(content, path, full):
     return table
 
 
-def evaluate_ends(model, table, loader, device, amp):
-    """Top-1 of the largest, the middle and the smallest sub-network."""
+def evaluate_ends(run, table, loader):
+    """Top-1 of the largest, the middle and the smallest sub-network, of the weights and of their average."""
     accuracies = {}
-    for name, step in (("largest", 0), ("middle", table.last // 2), ("smallest", table.last)):
-        set_widths(model, table.steps[step])
-        accuracies[name] = evaluate(model, loader, device, amp)["top1"]
+    for prefix, network in (("test", run.model), ("test_ema", run.ema and run.ema.module)):
+        for name, step in (("largest", 0), ("middle", table.last // 2), ("smallest", table.last)):
+            if network:
+                set_widths(network, table.steps[step])
+                accuracies[f"{prefix}_{name}"] = evaluate(network, loader, run.device, run.args.amp)["top1"]
     return accuracies
+
+
+def is_best(run, accuracies):
+    """Whether the mean over the three sizes, of the weights or of their average, is the highest so far; notes it."""
+    means = [sum(v for k, v in accuracies.items() if ("ema" in k) == ema) / 3 for ema in (False, True)]
+    best, run.max_accuracy = max(means) > run.max_accuracy, max(*means, run.max_accuracy)
+    return best
 
 
 def main(args):
     device = utils.start_up(args)
     args.amp = utils.resolve_amp(args.amp, device)
-    model, spec, images = build(args, device)
+    model, spec, images, teacher = build(args, device)
     output = utils.output_folder(args.output_dir or Path("output/peelable") / args.model)
     config = datasets.data_config(model)
     evaluation = datasets.eval_transform(args, config)
@@ -89,30 +173,33 @@ def main(args):
     train = datasets.train_loader(images, datasets.train_transform(args, config), args)
     test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
-    run, shapes, table = Run(model, args, device, len(train)), Shapes.of(model), WidthTable([full_widths(model)])
+    run, shapes = Run(model, args, device, len(train)), Shapes.of(model)
+    table, unit_costs = first_table(args, model), measure_unit_costs(args, model, shapes, device)
     if args.resume:
-        table = restore_table(run.restore(args.resume), Path(args.resume), table.steps[0])
-        say(f"resuming from {args.resume} at epoch {run.start_epoch} with {table.last} steps")
+        content = run.restore(args.resume)
+        table = restore_table(content, Path(args.resume), full_widths(model))
+        unit_costs = content.get("unit_costs", unit_costs)
     say(
-        f"{spec.name}: {human(shapes.macs(table.steps[0]))} MACs, batch {args.batch_size} x {utils.world_size()} ranks,"
-        f" learning rate {run.lr:.2e}, {args.amp} autocast on {device}"
+        f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
+        f"rank(s), learning rate {run.lr:.2e}, full network {human(shapes.macs(table.steps[0]))} MACs"
     )
 
     for epoch in range(run.start_epoch, args.epochs):
         started = time.time()
-        grow_table(model, table, shapes, proxy, epoch, args, device)
+        grow_table(model, table, shapes, proxy, epoch, unit_costs, args, device)
         train.sampler.set_epoch(epoch)
-        figures = train_one_epoch(
-            run.parallel, train, criterion, run.optimizer, run.scaler, epoch, device, args, table, mixup, run.ema
-        )
+        figures = train_one_epoch(run, train, criterion, epoch, mixup, make_draw(table, shapes, args), teacher)
         run.scheduler.step(epoch + 1)
-        record = {"epoch": epoch, "train_loss": figures["loss"], "train_lr": figures["lr"], "steps": table.last}
+        record, best = {"epoch": epoch, "train_loss": figures["loss"], "train_lr": figures["lr"]}, False
+        record["steps"] = table.last
         if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
-            record |= {f"test_{k}": v for k, v in evaluate_ends(model, table, test, device, args.amp).items()}
-            run.max_accuracy = max(run.max_accuracy, record["test_largest"])
+            accuracies = evaluate_ends(run, table, test)
+            record |= accuracies
+            # While the list grows, its smallest network is not yet small: only what comes after can be compared.
+            best = is_complete(table, shapes, args) and is_best(run, accuracies)
         table.meta = store.table_meta(spec, shapes, table)
         utils.save_text(table.to_json(), output / store.TABLE_NAME)
-        run.save(epoch, output, mask_table=table.to_json())
+        run.save(epoch, output, best, mask_table=table.to_json(), unit_costs=unit_costs)
         record["seconds"] = round(time.time() - started, 1)
         utils.append_json_line(record, output / "log.txt")
         say(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}))

@@ -51,6 +51,7 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     group.add_argument("--lr", type=float, default=lr, help="learning rate for a batch of 512 images")
     group.add_argument("--unscale_lr", action="store_true", help="take --lr as it is, whatever the batch")
     group.add_argument("--weight_decay", type=float, default=0.05)
+    group.add_argument("--accum_iter", type=positive_int, default=1, help="batches whose gradients make one update")
     group.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None for no clipping")
     group.add_argument("--sched", default="cosine", help="a timm scheduler")
     group.add_argument("--warmup_epochs", type=non_negative_int, default=warmup_epochs)
@@ -79,6 +80,46 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     group.add_argument("--resume", default=None, help="a checkpoint_N.pth of this stage to go on from")
     group.add_argument("--keep_last", type=positive_int, default=2, help="checkpoints to keep")
     group.add_argument("--eval_period", type=positive_int, default=1, help="epochs between two evaluations")
+
+
+def add_distillation_options(parser):
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--distillation_type", default="none", choices=["none", "soft", "hard", "inplace"],
+        help="targets beside the labels: of a frozen teacher, or of the full network of the same step",
+    )  # fmt: skip
+    group.add_argument("--distillation_alpha", type=fraction, default=0.5, help="share of the teacher in the loss")
+    group.add_argument("--distillation_tau", type=float, default=1.0, help="temperature of soft targets")
+    group.add_argument("--teacher_model", default=None, help="any timm model; the starting network itself")
+    group.add_argument("--teacher_path", default=None, help="weights of --teacher_model; timm's hub")
+
+
+def add_piad_options(parser, recipes):
+    group = parser.add_argument_group("progressive importance-aware dropout")
+    group.add_argument(
+        "--recipe", default="ours", choices=recipes,
+        help="defaults of --distillation_type, --always and --sampling; flags given beside it win",
+    )  # fmt: skip
+    group.add_argument(
+        "--mask_table", default=None, help="train all of this width table from the start, in place of growing one"
+    )
+    group.add_argument("--grow_epochs", type=positive_int, default=50, help="epochs in which the list grows")
+    group.add_argument("--drop_ratio", type=fraction, default=0.875, help="share of MACs gone at the last step")
+    group.add_argument(
+        "--sensitivity", default="cost", choices=["cost", "accuracy"], help="what the removal of a branch is judged by"
+    )
+    group.add_argument(
+        "--importance_per", default="macs", choices=["macs", "latency"],
+        help="what a unit's importance is divided by: its MACs, or its seconds measured on this device at the start",
+    )  # fmt: skip
+    group.add_argument(
+        "--sampling", choices=["uniform", "macs", "ends"], help="which step of the list a training step draws"
+    )
+    group.add_argument(
+        "--always", nargs="*", choices=["largest", "smallest"],
+        help="sub-networks that every step trains beside the drawn one; both make a sandwich",
+    )  # fmt: skip
+    switch(group, "subnet_per_rank", False, "each rank draws its own sub-network")
 
 
 def add_budget_options(parser, several):

@@ -1,6 +1,7 @@
 """Start-up, ranks, keyed randomness, command lines and whole files: what every stage shares."""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -18,6 +19,10 @@ import torch.distributed as dist
 
 class InputError(ValueError):
     """A file, flag or value from the user that cannot be used; the message is the one line they see."""
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks that must hold the same thing do not; the message is the one line the user sees."""
 
 
 # ------------------------------------------------------------------------------------------ command lines
@@ -87,10 +92,10 @@ def human(value):
 
 
 def run_stage(main, args):
-    """Run ``main(args)``; bad input, or a loss gone bad, becomes one line and exit code 2."""
+    """Run ``main(args)``; bad input, a loss gone bad or ranks gone apart become one line and exit code 2."""
     try:
         main(args)
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, RanksDisagree) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Without the interpreter's clean-up: another rank may be waiting inside a collective for this one.
         os._exit(2) if is_distributed() else sys.exit(2)
@@ -149,6 +154,14 @@ def all_reduce_max(tensor):
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
+
+
+def all_the_same(text):
+    """Whether every rank has the same ``text``, by a digest of it. To be called by all ranks."""
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).long()
+    if is_distributed() and dist.get_backend() == "nccl":
+        digest = digest.cuda()
+    return bool((all_reduce_max(digest.clone()) == -all_reduce_max(-digest)).all())
 
 
 def barrier():

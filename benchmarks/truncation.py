@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import utils
-from engine import branch_costs
+from engine import branch_removal
 from models import peel, piad
 from models.calibration import calibrate
 from models.compensation import compensate
-from models.cost import PAPER, Shapes
+from models.cost import Shapes
 from models.statistics import OBJECTIVES, collect_statistics
 from models.vit import ModelSpec, as_supernet, full_widths, load_pretrained, set_widths
 from models.width_table import Widths, WidthTable
@@ -185,7 +185,7 @@ def truncations(bench):
 def error_table(bench, variant):
     """The table that stage 1 writes, by the closed-form errors."""
     groups, steps = piad.Groups.of(bench.full), [bench.full]
-    importance = piad.error_importance(variant[1], bench.full, groups, bench.shapes, PAPER)
+    importance = piad.error_importance(variant[1], bench.full, groups, bench.shapes.unit_costs())
     piad.grow(steps, importance, groups, bench.shapes.macs, bench.shapes.macs(bench.full) / 8)
     return WidthTable(steps)
 
@@ -194,10 +194,10 @@ def sensitivity_table(bench, variant):
     """A table grown in one go by PIAD's importance, measured on the full network."""
     model = variant[0]
     set_widths(model, bench.full)
-    gammas = piad.sensitivity(*branch_costs(model, bench.proxy, bench.device))
+    gammas = piad.sensitivity(*branch_removal(model, bench.proxy, bench.device))
     sums = collect_statistics(model, bench.proxy, OBJECTIVES["label"], bench.device, moments=False)
     groups, steps = piad.Groups.of(bench.full), [bench.full]
-    importance = piad.unit_importance(gammas, sums, bench.full, groups, bench.shapes, PAPER)
+    importance = piad.unit_importance(gammas, sums, bench.full, groups, bench.shapes.unit_costs())
     piad.grow(steps, importance, groups, bench.shapes.macs, bench.shapes.macs(bench.full) / 8)
     return WidthTable(steps)
 

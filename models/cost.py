@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 # The paper's convention counts, besides the products of every linear layer, one operation for each bias added and
 # each GELU, and two for each element of an affine LayerNorm; the two attention matmuls are not counted. These
@@ -77,6 +79,10 @@ class Shapes:
         """MACs of one hidden unit: a row of fc1, an activation, a column of fc2."""
         return self.tokens * (2 * self.dim + (1 + self.mlp_bias) * convention["elementwise"])
 
+    def unit_costs(self, convention=PAPER):
+        """MACs of one dimension of all heads and of one hidden unit, (attention, MLP)."""
+        return self.macs_per_attn_width(convention), self.macs_per_mlp_width(convention)
+
     def _branch_macs(self, bias, convention):
         return self.tokens * self.dim * (convention["norm"] + bias * convention["elementwise"])
 
@@ -103,3 +109,26 @@ class Shapes:
         kept += sum(w > 0 for w in widths.attn) * (branch + self.proj_bias * self.dim)
         kept += sum(w > 0 for w in widths.mlp) * (branch + self.mlp_bias * self.dim)
         return fixed + kept
+
+
+@torch.inference_mode()
+def measured_unit_costs(supernet, batch, device):
+    """Seconds of one dimension of all heads and of one hidden unit, (attention, MLP), where the Shapes count MACs.
+
+    The slope between the full and half the width of a branch of block 0, medians of repeated forward passes of
+    ``batch`` images on ``device``. Leaves the block at full width.
+    """
+    block, shapes = supernet.blocks[0], Shapes.of(supernet)
+    tokens = torch.zeros(batch, shapes.tokens, shapes.dim, device=device)
+    slopes = []
+    for full in ((shapes.head_width, 0), (0, shapes.hidden)):
+        seconds = []
+        for part in (1, 2):
+            block.set_widths(*(width // part for width in full))
+            timer = Timer(
+                "block(tokens)", globals={"block": block, "tokens": tokens}, num_threads=torch.get_num_threads()
+            )
+            seconds.append(timer.blocked_autorange(min_run_time=0.5).median)
+        slopes.append(max(seconds[0] - seconds[1], 1e-9) / (sum(full) / 2))
+    block.set_widths(shapes.head_width, shapes.hidden)
+    return tuple(slopes)

@@ -38,16 +38,20 @@ class Groups:
 
 
 def sensitivity(cost, costs_without):
-    """gamma_m = (cost without branch m - cost) / cost, not below 0, for the 2L branches in Widths.flat order."""
-    return [max((without - cost) / cost, 0.0) for without in costs_without]
+    """gamma_m = (cost without branch m - cost) / cost, not below 0, for the 2L branches in Widths.flat order.
+
+    By accuracy in place of cost the same with both signs turned: gamma_m = (accuracy - accuracy without) / accuracy.
+    """
+    return [max((without - cost) / max(abs(cost), 1e-12), 0.0) for without in costs_without]
 
 
-def unit_importance(gammas, statistics, widths, groups, shapes, convention):
-    """Importance per MAC of the units that ``widths`` still keeps: I_u = gamma_m * sum of alpha in u / MACs(u).
+def unit_importance(gammas, statistics, widths, groups, unit_costs):
+    """Importance per cost of the units that ``widths`` still keeps: I_u = gamma_m * sum of alpha in u / cost(u).
 
     Args:
         gammas: 2L module sensitivities, order of Widths.flat.
         statistics: L BlockStatistics measured at ``widths``; alpha is the share of their Taylor sums.
+        unit_costs: what one dimension of all heads and one hidden unit cost, (attention, MLP): MACs, or seconds.
     Returns 2L lists, first unit first; empty where the branch is gone.
     """
     importance = []
@@ -55,14 +59,13 @@ def unit_importance(gammas, statistics, widths, groups, shapes, convention):
         sums = statistics[branch // 2]
         taylor = sums.taylor_attn.sum((0, 1)) if branch % 2 == 0 else sums.taylor_mlp
         alpha = taylor / taylor.sum().clamp(min=torch.finfo(taylor.dtype).tiny)
-        per_width = shapes.macs_per_attn_width(convention) if branch % 2 == 0 else shapes.macs_per_mlp_width(convention)
         size = groups.size(branch)
         shares = alpha.unflatten(0, (widths.flat[branch] // size, size)).sum(1)
-        importance.append((gamma * shares / (size * per_width)).tolist())
+        importance.append((gamma * shares / (size * unit_costs[branch % 2])).tolist())
     return importance
 
 
-def error_importance(memory, widths, groups, shapes, convention):
+def error_importance(memory, widths, groups, unit_costs):
     """Importance per MAC of all units without any training: the closed-form error that dropping a unit leaves.
 
     memory: list of L BlockMemory, whose errors of attention dimensions and hidden units are in one currency, the
@@ -72,9 +75,8 @@ def error_importance(memory, widths, groups, shapes, convention):
     for branch, width in enumerate(widths.flat):
         sums, size = memory[branch // 2], groups.size(branch)
         errors = sums.attn_error if branch % 2 == 0 else sums.mlp_error
-        per_width = shapes.macs_per_attn_width(convention) if branch % 2 == 0 else shapes.macs_per_mlp_width(convention)
         units = errors[:width].unflatten(0, (width // size, size)).sum(1)
-        importance.append((units / (size * per_width)).tolist())
+        importance.append((units / (size * unit_costs[branch % 2])).tolist())
     return importance
 
 
@@ -131,9 +133,27 @@ def target_cost(full_cost, ratio, epoch, grow_epochs):
     return full_cost * (1 - ratio * min(epoch + 1, grow_epochs) / grow_epochs)
 
 
-def draw_step(seed, global_step, last):
-    """The step of the dropout list that a training step trains: uniform over 0 .. ``last``, both included.
+def step_weights(sampling, macs):
+    """How likely each step of the dropout list is drawn, given the MACs of every step: numbers [steps], not normalised.
 
-    Keyed by (seed, global step): every rank draws the same, and so does a run that was stopped and resumed.
+    'uniform': every step alike (paper). 'macs': every amount of MACs alike, so a step counts by the gap around it.
+    'ends': half of the draws go to the largest and the smallest in equal parts, the others are uniform.
     """
-    return int(torch.randint(last + 1, (), generator=keyed_generator(seed, global_step)))
+    macs = torch.tensor(macs, dtype=torch.float64)
+    weights = torch.ones_like(macs)
+    if sampling == "macs" and len(macs) > 1:
+        weights[1:-1] = (macs[:-2] - macs[2:]) / 2
+        weights[0], weights[-1] = (macs[0] - macs[1]) / 2, (macs[-2] - macs[-1]) / 2
+    elif sampling == "ends":
+        weights[0] += len(macs) / 2
+        weights[-1] += len(macs) / 2
+    return weights
+
+
+def draw_step(weights, seed, global_step, *stream):
+    """The step of the dropout list that a training step trains, drawn by ``weights`` [steps].
+
+    Keyed by (seed, global step): every rank draws the same, and so does a run that was stopped and resumed. Further
+    integers in ``stream``, such as the rank, give draws of their own.
+    """
+    return int(torch.multinomial(weights, 1, generator=keyed_generator(seed, global_step, *stream)))

@@ -105,7 +105,8 @@ def load_weights(model, state, source, replace_head=False):
     With ``replace_head`` a classifier of another size is left at its fresh initialisation. ``source`` is named in
     errors. Returns a list of remarks for the user. Raises InputError if names or shapes do not fit.
     """
-    state = checkpoint_filter_fn(dict(state), model)
+    if isinstance(model, VisionTransformer):
+        state = checkpoint_filter_fn(dict(state), model)
     own, remarks = model.state_dict(), []
     head, own_head = ({n: v for n, v in s.items() if n.startswith(("head.", "head_dist."))} for s in (state, own))
     if replace_head and {n: v.shape for n, v in head.items()} != {n: v.shape for n, v in own_head.items()}:
@@ -147,13 +148,19 @@ def load_pretrained(spec, path=None, **kwargs):
     try:
         model = spec.build(pretrained=True, **kwargs)
     except Exception as error:  # the hub client, its HTTP library and the file system each have their own kinds
-        raise InputError(
-            f"--model {spec.name}: the published weights could not be downloaded ({type(error).__name__}). Fetch "
-            f"'{cfg.hf_hub_id or timm_name}' (model.safetensors, or DeiT's .pth) on a machine with a network and give "
-            "it with --pretrained FILE"
-        ) from None
+        raise not_downloaded("--model", timm_name, "--pretrained", error) from None
     changed = published != spec.num_classes
     return model, [f"the published classifier has {published} classes: replaced"] if changed else []
+
+
+def not_downloaded(flag, timm_name, instead, error):
+    """The InputError that says what to fetch, and how to give it, where timm's hub cannot be reached."""
+    cfg = timm.get_pretrained_cfg(timm_name)
+    return InputError(
+        f"{flag} {timm_name}: the published weights could not be downloaded ({type(error).__name__}). Fetch "
+        f"'{(cfg and cfg.hf_hub_id) or timm_name}' (model.safetensors, or DeiT's .pth) on a machine with a network and "
+        f"give it with {instead} FILE"
+    )
 
 
 # ------------------------------------------------------------------------------------------ prefix slicing

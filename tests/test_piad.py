@@ -9,9 +9,9 @@ import torch
 from conftest import proxy_batches, tiny_supernet
 from torch.nn import functional as F
 
-from engine import branch_costs
+from engine import branch_removal
 from models import piad
-from models.cost import PAPER, Shapes
+from models.cost import PAPER, Shapes, measured_unit_costs
 from models.statistics import OBJECTIVES, collect_statistics
 from models.vit import full_widths, set_widths
 from models.width_table import Widths
@@ -101,7 +101,7 @@ def test_a_frozen_list_stays():
     assert piad.target_cost(1000, 0.875, 60, 50) == piad.target_cost(1000, 0.875, 49, 50) == pytest.approx(125)
 
 
-def test_branch_costs_equal_a_direct_computation():
+def test_branch_removal_equal_a_direct_computation():
     """With activations replayed, the costs are those of running the whole network without the branch."""
     model = tiny_supernet().double()
     set_widths(model, Widths((16, 0, 8), (192, 96, 192)))
@@ -111,7 +111,7 @@ def test_branch_costs_equal_a_direct_computation():
     def cost():
         return sum(F.cross_entropy(model(x), y, reduction="sum").item() for x, y, _ in batches) / 12
 
-    got, without = branch_costs(model, batches, CPU)
+    got, without = branch_removal(model, batches, CPU)
     assert got == pytest.approx(cost(), rel=1e-12)
     for branch in range(6):
         block = model.blocks[branch // 2]
@@ -122,6 +122,26 @@ def test_branch_costs_equal_a_direct_computation():
     assert without[2] == got, "a branch that is gone already costs nothing more"
 
 
+def test_sensitivity_by_accuracy_counts_right_answers():
+    model, batches = tiny_supernet(), proxy_batches(12, 4)
+    with torch.no_grad():
+        labels = torch.cat([model(images).argmax(1) for images, _, _ in batches])
+    batches = [(x, y, i) for (x, _, i), y in zip(batches, labels.split(4), strict=True)]
+    value, without = branch_removal(model, batches, CPU, "accuracy")
+    assert value == 1.0 and min(without) < 1.0
+    assert all((12 * accuracy) == pytest.approx(round(12 * accuracy)) for accuracy in without)
+    gammas = piad.sensitivity(-value, [-v for v in without])
+    assert gammas == pytest.approx([1 - accuracy for accuracy in without])
+    assert piad.sensitivity(-0.0, [-0.0, -0.5]) == [0.0, 0.0], "no right answer at all"
+
+
+def test_measured_unit_costs_are_seconds_and_leave_the_network_as_it_was():
+    model = tiny_supernet()
+    attn, mlp = measured_unit_costs(model, 8, CPU)
+    assert 0 < attn < 1 and 0 < mlp < 1
+    assert (model.blocks[0].attn_width, model.blocks[0].mlp_width) == (16, 192)
+
+
 def test_unit_importance_closed_form():
     model = tiny_supernet()
     shapes, widths = Shapes.of(model), Widths((8, 16, 0), (96, 192, 192))
@@ -129,7 +149,7 @@ def test_unit_importance_closed_form():
     statistics = collect_statistics(model, proxy_batches(), OBJECTIVES["label"], CPU, moments=False)
     gammas = piad.sensitivity(2.0, [3.0, 1.0, 2.5, 2.0, 2.0, 4.0])
     assert gammas == [0.5, 0.0, 0.25, 0.0, 0.0, 1.0]
-    importance = piad.unit_importance(gammas, statistics, widths, GROUPS, shapes, PAPER)
+    importance = piad.unit_importance(gammas, statistics, widths, GROUPS, shapes.unit_costs(PAPER))
     assert [len(units) for units in importance] == [4, 16, 8, 32, 0, 32]
     assert sum(importance[0]) * GROUPS.attn * shapes.macs_per_attn_width(PAPER) == pytest.approx(0.5)
     assert sum(importance[1]) == 0
@@ -138,13 +158,43 @@ def test_unit_importance_closed_form():
     assert importance[5][1] == pytest.approx(expected.item())
 
 
+def frequencies(weights, draws=5000):
+    return torch.bincount(
+        torch.tensor([piad.draw_step(weights, 3, step) for step in range(draws)]), minlength=len(weights)
+    )
+
+
 def test_the_sampler_is_uniform_and_reaches_both_ends():
-    counts = torch.bincount(torch.tensor([piad.draw_step(3, step, 4) for step in range(5000)]), minlength=5)
+    counts = frequencies(piad.step_weights("uniform", [9.0, 8.0, 4.0, 3.0, 1.0]))
     assert len(counts) == 5
     # Five standard deviations of a binomial with p = 1/5.
     assert ((counts - 1000).abs() < 5 * (5000 * 0.2 * 0.8) ** 0.5).all()
-    assert piad.draw_step(3, 77, 4) == piad.draw_step(3, 77, 4)
-    assert {piad.draw_step(0, step, 0) for step in range(10)} == {0}
+    one = piad.step_weights("uniform", [9.0])
+    assert {piad.draw_step(one, 0, step) for step in range(10)} == {0}
+
+
+def test_draws_are_keyed_by_seed_step_and_stream():
+    weights = piad.step_weights("uniform", [1.0] * 1000)
+    assert piad.draw_step(weights, 3, 77) == piad.draw_step(weights, 3, 77)
+    draws = {piad.draw_step(weights, 3, 77, *stream) for stream in ((0,), (1,), (2,), (3,))}
+    assert len(draws) == 4, "ranks that draw for themselves draw the same"
+
+
+def test_weights_of_the_steps():
+    macs = [10.0, 9.0, 5.0, 4.0]
+    assert piad.step_weights("macs", macs).tolist() == [0.5, 2.5, 2.5, 0.5]
+    ends = piad.step_weights("ends", macs)
+    assert (ends / ends.sum()).tolist() == [0.375, 0.125, 0.125, 0.375]
+    for sampling in ("uniform", "macs", "ends"):
+        assert (piad.step_weights(sampling, [10.0]) > 0).all()
+
+
+def test_the_mean_drawn_by_macs_is_the_middle_of_the_range():
+    """However unevenly the steps lie: 40 of them close to the full network, two far below."""
+    macs = [100.0 - 0.1 * step for step in range(40)] + [50.0, 0.0]
+    weights = piad.step_weights("macs", macs)
+    mean = sum(m * w for m, w in zip(macs, weights.tolist(), strict=True)) / weights.sum().item()
+    assert mean == pytest.approx(50, abs=0.5)
 
 
 def test_full_widths_of_the_tiny_vit():

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_train
+from models.cost import Shapes
 from models.store import load_supernet
 from models.vit import ModelSpec, full_widths, read_checkpoint, set_widths
 from models.width_table import Widths, WidthTable
@@ -99,6 +101,17 @@ def test_two_ranks_train_the_same_table_and_weights(chain):
     assert moved > 0.002, "training must have moved the weights by far more than the ranks differ"
 
 
+def test_contradicting_options_are_named(chain, tmp_path):
+    start = [*TRAINING, "--pretrained", chain[1] / "reparam/reparamed.pth", "--output-dir", tmp_path / "out"]
+    for options, message in (
+        (["--always", "smallest", "--distillation-type", "inplace"], "add --always largest"),
+        (["--accum-iter", "50", "--batch-size", "32"], "an epoch has 37 batches"),
+        (["--mask-table", tmp_path / "none.json"], "no such file"),
+    ):
+        assert message in run("main_train.py", *start, *options, expect=2)
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_resumed_equals_uninterrupted_to_the_bit(chain, pretrained, tmp_path):
     """With all of DeiT's randomness on: mixup, cutmix, RandAugment, erasing, drop path, repeated augmentation."""
     options = [
@@ -120,6 +133,69 @@ def test_resumed_equals_uninterrupted_to_the_bit(chain, pretrained, tmp_path):
     for record in logs[0] + logs[1]:
         del record["seconds"]
     assert logs[0][2:] == logs[1]
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_the_best_checkpoint_is_the_one_of_the_best_mean_once_the_list_is_complete(chain):
+    """In ``chain`` the list grows in epochs 0 and 1: those two have larger smallest networks, and do not compete."""
+    records = read_log(chain[1])
+    assert {f"test_{e}{n}" for e in ("", "ema_") for n in ("largest", "middle", "smallest")} <= records[0].keys()
+
+    def mean(record):
+        return max(sum(record[f"{p}_{n}"] for n in ("largest", "middle", "smallest")) / 3 for p in ("test", "test_ema"))
+
+    content = read_checkpoint(chain[1] / "best_checkpoint.pth")
+    assert content["epoch"] == max((1, 2), key=lambda epoch: mean(records[epoch]))
+    assert content["max_accuracy"] == pytest.approx(mean(records[content["epoch"]]))
+    assert (
+        load_supernet(chain[1] / "best_checkpoint.pth").table.steps
+        == WidthTable.load(chain[1] / "mask_table.json").steps
+    )
+
+
+def test_every_training_option_at_once_resumes_to_the_bit(chain, tmp_path):
+    """A whole table from stage 1, sandwich, in-place distillation, accumulation; and costs in measured seconds."""
+    table = chain[1] / "reparam/mask_table.json"
+    options = [
+        *TRAINING, "--pretrained", chain[1] / "reparam/reparamed.pth", "--mask-table", table, "--always", "largest",
+        "smallest", "--distillation-type", "inplace", "--accum-iter", "2", "--sampling", "ends", "--clip-grad", "1",
+        "--batch-size", "32", "--epochs", "2", "--importance-per", "latency", "--sensitivity", "accuracy",
+    ]  # fmt: skip
+    run("main_train.py", *options, "--keep-last", "2", "--output-dir", tmp_path / "whole")
+    run(
+        "main_train.py", *options, "--resume", tmp_path / "whole/checkpoint_0.pth", "--output-dir", tmp_path / "part"
+    )  # fmt: skip
+    whole, part = (read_checkpoint(tmp_path / name / "checkpoint_1.pth") for name in ("whole", "part"))
+    assert all(torch.equal(whole["model"][name], part["model"][name]) for name in whole["model"])
+    assert whole["unit_costs"] == part["unit_costs"] != Shapes.of(load_supernet(tmp_path / "whole").model).unit_costs()
+    assert WidthTable.load(tmp_path / "whole/mask_table.json").steps == WidthTable.load(table).steps
+    assert (tmp_path / "part/best_checkpoint.pth").exists()
+
+
+def test_the_recipe_sets_defaults_and_flags_win():
+    paper = main_train.get_args(["--recipe", "paper"])
+    assert (paper.always, paper.distillation_type, paper.sampling) == ([], "none", "uniform")
+    ours = main_train.get_args([])
+    assert {name: getattr(ours, name) for name in main_train.RECIPES["ours"]} == main_train.RECIPES["ours"]
+    mixed = main_train.get_args(["--recipe", "paper", "--sampling", "macs", "--always", "smallest"])
+    assert (mixed.always, mixed.distillation_type, mixed.sampling) == (["smallest"], "none", "macs")
+
+
+def test_a_teacher_from_a_file_or_the_starting_network(chain, pretrained, tmp_path):
+    start = ["--pretrained", chain[1] / "reparam/reparamed.pth", "--batch-size", "64", "--epochs", "1"]
+    own = ["--distillation-type", "soft", "--distillation-tau", "2"]
+    given = [*own, "--teacher-model", "vit_digits", "--teacher-path", pretrained]
+    for name, options in (("own", own), ("given", given), ("none", [])):
+        run("main_train.py", *TRAINING, *start, *options, "--output-dir", tmp_path / name)
+    own, given, none = (states(tmp_path / name, "checkpoint_0.pth") for name in ("own", "given", "none"))
+    assert largest_difference(own, given) < 1e-3, "both teachers compute the same function"
+    assert largest_difference(own, none) > 2e-3
+    missing = [*TRAINING, *start, "--distillation-type", "soft", "--teacher-model"]
+    for teacher, message in (("vit_nonsense", "nor a timm name"), ("vit_tiny", "no published weights for 10 classes")):
+        assert message in run("main_train.py", *missing, teacher, "--output-dir", tmp_path / "x", expect=2)
 
 
 def test_main_test_walks_the_ladder_and_every_kind_of_budget(chain, tmp_path):
@@ -246,6 +322,8 @@ BAD = [
     (["main_test.py", "--macs-ratio", "1.5"], "not in (0, 1]"),
     (["main_test.py", "--device", "tpu"], "choose auto, cpu or cuda"),
     (["main_train.py", "--epochs", "0"], "not at least 1"),
+    (["main_train.py", "--always", "middle"], "choose from"),
+    (["main_train.py", "--recipe", "best"], "choose from"),
 ]
 
 

@@ -38,9 +38,7 @@ def main(args):
     run = Run(model, args, device, len(train))
     for epoch in range(args.epochs):
         train.sampler.set_epoch(epoch)
-        figures = train_one_epoch(
-            run.parallel, train, criterion, run.optimizer, run.scaler, epoch, device, args, mixup=mixup, ema=run.ema
-        )
+        figures = train_one_epoch(run, train, criterion, epoch, mixup)
         run.scheduler.step(epoch + 1)
         if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
             top1 = evaluate(model, test, device, args.amp)["top1"]

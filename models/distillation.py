@@ -1,0 +1,56 @@
+"""Teachers: targets beside the labels, from a frozen network or from the full network of the same step."""
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.vit import ALIASES, default_num_classes, load_weights, not_downloaded, read_checkpoint
+from utils import InputError
+
+
+class Distillation:
+    """Targets from a teacher, as in DeiT: ``kind`` 'soft' or 'hard' from the frozen ``network``, or 'inplace'
+    from the first sub-network of the same step (Universally Slimmable Networks), which is the full one.
+
+    The loss of a network is (1 - alpha) x the label's + alpha x the teacher's; temperature ``tau`` for soft targets.
+    ``prepare`` turns the student's images into the teacher's (size, mean and standard deviation).
+    """
+
+    def __init__(self, kind, alpha, tau, network=None, prepare=None):
+        self.kind, self.alpha, self.tau, self.prepare = kind, alpha, tau, prepare or nn.Identity()
+        self.network = network.eval().requires_grad_(False) if network else None
+
+    @torch.no_grad()
+    def targets(self, images):
+        """The frozen teacher's logits [B, classes] for images [B, 3, h, w]; None if the targets are made in place."""
+        return self.network(self.prepare(images)).float() if self.network else None
+
+    def loss(self, criterion, logits, labels, targets):
+        """The mixed loss of one network's ``logits`` [B, classes] against labels and the teacher's ``targets``."""
+        if self.kind == "hard":
+            distilled = F.cross_entropy(logits, targets.argmax(1))
+        else:
+            student, teacher = (F.log_softmax(x / self.tau, dim=1) for x in (logits, targets))
+            distilled = F.kl_div(student, teacher, log_target=True, reduction="batchmean") * self.tau**2
+        return (1 - self.alpha) * criterion(logits, labels) + self.alpha * distilled
+
+
+def load_teacher(name, num_classes, path=None):
+    """Any timm network (or an alias) of ``num_classes``, with the weights of the file ``path``, else timm's hub's.
+
+    Raises InputError if there is no such network, its weights do not fit, or they cannot be downloaded.
+    """
+    timm_name, changes = ALIASES.get(name, (name, {}))
+    if not timm.is_model(timm_name):
+        raise InputError(f"--teacher_model {name}: neither one of {', '.join(ALIASES)} nor a timm name")
+    if path:
+        teacher = timm.create_model(timm_name, num_classes=num_classes, **changes)
+        load_weights(teacher, read_checkpoint(path)["model"], path)
+        return teacher
+    if default_num_classes(name) != num_classes or changes:
+        raise InputError(f"--teacher_model {name}: no published weights for {num_classes} classes: --teacher_path FILE")
+    try:
+        return timm.create_model(timm_name, pretrained=True)
+    except Exception as error:  # as in load_pretrained
+        raise not_downloaded("--teacher_model", timm_name, "--teacher_path", error) from None
