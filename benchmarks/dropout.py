@@ -60,7 +60,6 @@ OPTIONS = {
     "importance per latency": ("balanced", "piad", "--importance_per latency"),
     "sampling by MACs": ("balanced", "piad", "--sampling macs"),
     "sampling towards the ends": ("balanced", "piad", "--sampling ends"),
-    "smallest always": ("balanced", "piad", "--always smallest"),
     "largest always, in-place": ("balanced", "piad", "--always largest --distillation_type inplace"),
     "sandwich": ("balanced", "piad", "--always largest smallest"),
     "sandwich, in-place": ("balanced", "piad", "--always largest smallest --distillation_type inplace"),
@@ -376,10 +375,11 @@ def measure(args, seed, name):
 
 
 def job(args, seed, name):
-    """Measure unless it has been; a run that is stopped in between starts this variant again."""
+    """Measure unless it has been, with these settings; a run that is stopped in between starts this variant again."""
     path = args.work / f"seed{seed}" / f"{name}.json"
-    if not path.is_file():
-        utils.save_text(json.dumps(measure(args, seed, name)), path)
+    settings = [args.model, args.data_set, args.pretrain_passes, args.passes, args.lr, *VARIANTS[name]]
+    if not path.is_file() or json.loads(path.read_text())["settings"] != settings:
+        utils.save_text(json.dumps(measure(args, seed, name) | {"settings": settings}), path)
     return json.loads(path.read_text())
 
 
@@ -461,7 +461,8 @@ def report(results, args):
     lines = [
         f"# Dropout training at equal compute: {args.model} on {args.data_set}\n",
         f"`python benchmarks/dropout.py`; {len(args.seeds)} seeds. Each variant trains for what {args.passes:g} "
-        f"passes over the training set through the full network cost, from networks of top-1 {before[0]:.2f} ± {before[1]:.2f}. "
+        f"passes over the training set through the full network cost, from networks of top-1 {before[0]:.2f} ± "
+        f"{before[1]:.2f}. "
         f"{minutes:.0f} minutes of one thread in all, pre-training apart, in {args.workers} processes on "
         f"{utils.machine_name(torch.device('cpu'))}. Mean ± sample standard deviation over seeds.\n",
         "10^12 MACs: what forward passes, backward passes (counted twice), importance passes and teachers came to; for "
