@@ -1,6 +1,7 @@
 """Data sets by DeiT's names, their transforms, and loaders whose randomness does not depend on ranks or workers."""
 
 import gzip
+import itertools
 import random
 from pathlib import Path
 
@@ -223,17 +224,18 @@ class KeyedSampler:
     and the position in the epoch's global order, so it is the same whatever the number of ranks and workers."""
 
     def __init__(self, base, seed):
-        self.base, self.seed, self.epoch = base, seed, 0
+        self.base, self.seed, self.epoch, self.done = base, seed, 0, 0
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, done=0):
+        """Go through ``epoch`` next, without its first ``done`` images: those a resumed run has seen."""
+        self.epoch, self.done = epoch, done
         self.base.set_epoch(epoch)
 
     def __len__(self):
         return len(self.base)
 
     def __iter__(self):
-        for position, index in enumerate(self.base):
+        for position, index in itertools.islice(enumerate(self.base), self.done, None):
             yield index, utils.key(self.seed, self.epoch, position * utils.world_size() + utils.rank())
 
 
@@ -273,7 +275,10 @@ def proxy_loader(images, transform, args, count):
 
 def _loader(dataset, args, **kwargs):
     pin = args.pin_mem and args.device != "cpu"
-    return DataLoader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin, **kwargs)
+    return DataLoader(
+        dataset, batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin,
+        worker_init_fn=utils.restore_signals, **kwargs,
+    )  # fmt: skip
 
 
 def make_mixup(args, classes):

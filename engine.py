@@ -1,98 +1,18 @@
 """Training for one epoch, evaluating, and measuring what the removal of each residual branch costs."""
 
-import shutil
+import json
 from contextlib import nullcontext
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, accuracy
+from timm.utils import accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
-from models.vit import load_weights, read_checkpoint, set_widths
-from utils import InputError
-
-BEST_NAME = "best_checkpoint.pth"
-
-
-class Run:
-    """Everything that training changes, and that a checkpoint therefore holds."""
-
-    def __init__(self, model, args, device, batches_per_epoch):
-        self.model, self.args, self.device = model, args, device
-        self.updates_per_epoch = batches_per_epoch // args.accum_iter
-        if not self.updates_per_epoch:
-            raise InputError(f"--accum_iter {args.accum_iter}: an epoch has {batches_per_epoch} batches")
-        # DeiT's rule: the rate is given for 512 images a step.
-        self.batch = args.batch_size * args.accum_iter * utils.world_size()
-        self.lr = args.lr if args.unscale_lr else args.lr * self.batch / 512
-        self.optimizer = create_optimizer_v2(model, opt=args.opt, lr=self.lr, weight_decay=args.weight_decay)
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
-            warmup_epochs=args.warmup_epochs, updates_per_epoch=self.updates_per_epoch,
-        )  # fmt: skip
-        self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.start_epoch, self.max_accuracy = 0, 0.0
-        # A sub-network without a branch leaves that branch's parameters out of the backward pass.
-        self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
-
-    def update(self, step):
-        """One optimiser step with the gradients that are there; ``step`` is the global one."""
-        if self.args.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema:
-            self.ema.update(self.model, step=step)
-
-    def checkpoint(self, epoch):
-        """The layout of the published super-networks."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict(),
-            "epoch": epoch,
-            "model_ema": self.ema.module.state_dict() if self.ema else None,
-            "scaler": self.scaler.state_dict(),
-            "args": self.args,
-            "max_accuracy": self.max_accuracy,
-        }
-
-    def restore(self, path):
-        """Go on from ``path``. Returns the checkpoint's content. Raises InputError if it is no checkpoint of a run."""
-        content = read_checkpoint(path)
-        missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in content]
-        if missing:
-            raise InputError(f"--resume {path}: cannot be resumed from, it has no {', '.join(missing)}")
-        load_weights(self.model, content["model"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scheduler.load_state_dict(content["lr_scheduler"])
-        if self.ema and content.get("model_ema"):
-            self.ema.module.load_state_dict(content["model_ema"])
-        self.scaler.load_state_dict(content.get("scaler") or {})
-        self.start_epoch, self.max_accuracy = content["epoch"] + 1, content.get("max_accuracy", 0.0)
-        return content
-
-    def save(self, epoch, output, best=False, **more):
-        """Write checkpoint_<epoch>.pth whole, if ``best`` best_checkpoint.pth too; keep the last ``--keep_last``."""
-        path = output / f"checkpoint_{epoch}.pth"
-        utils.save_torch(self.checkpoint(epoch) | more, path)
-        if utils.is_main():
-            if best:
-                with utils.whole_file(output / BEST_NAME) as temporary:
-                    shutil.copyfile(path, temporary)
-            for old in range(epoch - self.args.keep_last, -1, -1):
-                path = output / f"checkpoint_{old}.pth"
-                if not path.exists():
-                    break
-                path.unlink()
+from models.vit import set_widths
+from utils import say
 
 
 def make_criterion(args):
@@ -102,18 +22,61 @@ def make_criterion(args):
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
-def train_one_epoch(run, loader, criterion, epoch, mixup=None, draw=None, teacher=None):
-    """One epoch of ``run`` (Run); a super-network trains the sub-networks that ``draw(global step)`` names, as Widths.
+def fit(run, loader, criterion, output, score, mixup=None, teacher=None, draw_of=None, extra=dict):
+    """Train from where ``run`` (Run) stands to its last epoch; log, evaluate and write checkpoints into ``output``.
+
+    Args:
+        score: function without arguments: (accuracies to log, the one number by which the best checkpoint is kept, or
+            None where nothing can be compared yet).
+        draw_of: function of the epoch that gives ``train_one_epoch`` its ``draw``, for a super-network.
+        extra: function without arguments: further members of the checkpoints.
+    Raises utils.Interrupted after a signal, with everything saved, and what ``train_one_epoch`` raises.
+    """
+    args = run.args
+    utils.catch_signals()
+
+    def save():
+        run.save_mid_epoch(output, **extra())
+
+    try:
+        for epoch in range(run.epoch, args.epochs):
+            watch = utils.Stopwatch(run.device)
+            draw = draw_of(epoch) if draw_of else None
+            loader.sampler.set_epoch(epoch, run.updates * args.accum_iter * args.batch_size)
+            figures = train_one_epoch(run, loader, criterion, epoch, mixup, draw, teacher, save)
+            record, best = {"epoch": epoch} | {f"train_{k}": v for k, v in figures.items()}, False
+            if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
+                accuracies, value = score()
+                record |= {f"test_{name}": accuracy for name, accuracy in accuracies.items()}
+                best = value is not None and value > run.max_accuracy
+                run.max_accuracy = value if best else run.max_accuracy
+            record["seconds"] = round(watch.seconds(), 1)
+            utils.append_json_line(record, output / "log.txt")
+            say(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}))
+            run.scheduler.step(epoch + 1)
+            run.save_epoch(output, best, **extra())
+    except utils.Interrupted:
+        # Evaluation and importance change nothing that is saved, so whichever rank gets here can write.
+        save()
+        raise
+
+
+def train_one_epoch(run, loader, criterion, epoch, mixup=None, draw=None, teacher=None, save=None):
+    """One epoch of ``run`` (Run), or what is left of it.
 
     All randomness comes from (seed, global step, rank), so that a resumed run repeats an uninterrupted one. An update
     takes ``--accum_iter`` batches, all through the same sub-networks: it equals one of a batch so many times larger.
-    ``teacher``: Distillation or None. Returns {'loss': mean over ranks, 'lr': last rate}.
-    Raises FloatingPointError on all ranks together on a non-finite loss, before the optimiser sees it.
+    ``draw``: function of the global step that names the sub-networks it trains, as a list of Widths. ``teacher``:
+    Distillation or None. ``save``: writes a checkpoint, called every ``--save_every_steps``.
+    Returns {'loss': mean over ranks, 'lr': last rate}, and 'skipped' updates if there are any. All ranks together raise
+    FloatingPointError on a non-finite loss before the optimiser sees it, and utils.Interrupted after a signal.
     """
     args, device = run.args, run.device
     run.parallel.train()
-    batches, total = iter(progress(loader, f"epoch {epoch}")), torch.zeros((), device=device)
-    for index in range(run.updates_per_epoch):
+    if run.epoch != epoch:
+        run.begin(epoch)
+    batches = iter(progress(loader, f"epoch {epoch}", run.updates * args.accum_iter))
+    for index in range(run.updates, run.updates_per_epoch):
         step, loss = epoch * run.updates_per_epoch + index, 0.0
         subnets = draw(step) if draw else [None]
         run.optimizer.zero_grad()
@@ -126,12 +89,32 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, draw=None, teache
                 even = len(images) // 2 * 2
                 images, labels = mixup(images[:even], labels[:even])
             loss = loss + _backward(run, subnets, images, labels, criterion, teacher, micro + 1 == args.accum_iter)
-        if utils.all_reduce_max((~torch.isfinite(loss)).float()):
-            raise FloatingPointError(f"the loss is {loss.item()} at epoch {epoch}, step {index}")
+        flags = [not torch.isfinite(loss), utils.stopping()]
+        bad, stop = utils.all_reduce_max(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()
+        _finish_update(run, step, loss, bad)
+        if stop or (save and args.save_every_steps and run.updates % args.save_every_steps == 0):
+            run.mean_loss()
+            if stop:
+                raise utils.Interrupted
+            save()
+    figures = {"loss": run.mean_loss(), "lr": run.optimizer.param_groups[0]["lr"]}
+    return figures | ({"skipped": run.skipped} if run.skipped else {})
+
+
+def _finish_update(run, step, loss, bad):
+    """Let the optimiser have the gradients, or skip them if a rank's loss is ``bad`` and --skip_nonfinite allows."""
+    if bad:
+        run.skipped += 1
+        if run.skipped > run.args.skip_nonfinite:
+            epoch, index = divmod(step, run.updates_per_epoch)
+            raise FloatingPointError(
+                f"the loss is {loss.item()} on this rank at epoch {epoch}, step {index}; the last checkpoint is from "
+                "before it. --skip_nonfinite N leaves out up to N such steps"
+            )
+    else:
         run.update(step)
-        total += loss
-    mean = utils.all_reduce_sum(total / run.updates_per_epoch) / utils.world_size()
-    return {"loss": mean.item(), "lr": run.optimizer.param_groups[0]["lr"]}
+        run.loss_sum, run.losses = run.loss_sum + loss, run.losses + 1
+    run.updates += 1
 
 
 def _backward(run, subnets, images, labels, criterion, teacher, synchronise):
@@ -249,6 +232,10 @@ def _branch_removal_of_batch(model, blocks, images, labels, measure):
     return torch.stack(values)
 
 
-def progress(loader, title):
-    """The loader behind a progress bar, on the main rank."""
-    return tqdm(loader, desc=title, disable=None if utils.is_main() else True, leave=False, mininterval=1.0)
+def progress(loader, title, done=0):
+    """The loader behind a progress bar, on the main rank. Outside training a signal ends it with utils.Interrupted."""
+    disable = None if utils.is_main() else True
+    for batch in tqdm(loader, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done):
+        if utils.stopping() and not title.startswith("epoch"):
+            raise utils.Interrupted
+        yield batch

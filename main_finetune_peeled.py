@@ -1,12 +1,12 @@
 """Stage 4: peel one sub-network off a super-network and fine-tune it by itself."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import utils
-from engine import Run, evaluate, make_criterion, train_one_epoch
+from checkpoints import Run, to_resume, trim_log
+from engine import evaluate, fit, make_criterion
 from main_test import budgets, cut
 from models import peel, store
 from models.vit import read_checkpoint
@@ -63,23 +63,19 @@ def main(args):
     test = datasets.eval_loader(test_images, datasets.eval_transform(args, config), args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run, description = Run(network, args, device, len(train)), peel.describe(spec, widths)
-    if args.resume and run.restore(args.resume).get("peeled") != description:
-        raise InputError(f"--resume {args.resume}: it holds another sub-network than the one asked for")
+    checkpoint = to_resume(args.resume, output)
+    if checkpoint and run.restore(checkpoint).get("peeled") != description:
+        raise InputError(f"--resume {checkpoint}: it holds another sub-network than the one asked for")
+    trim_log(output / "log.txt", run.epoch)
     say(
         f"before fine-tuning: top-1 {evaluate(network, test, device, args.amp)['top1']:.2f}, learning rate {run.lr:.2e}"
     )
 
-    for epoch in range(run.start_epoch, args.epochs):
-        train.sampler.set_epoch(epoch)
-        figures = train_one_epoch(run, train, criterion, epoch, mixup)
-        run.scheduler.step(epoch + 1)
-        record = {"epoch": epoch, "train_loss": figures["loss"], "train_lr": figures["lr"]}
-        if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
-            record["test_top1"] = evaluate(network, test, device, args.amp)["top1"]
-            run.max_accuracy = max(run.max_accuracy, record["test_top1"])
-        run.save(epoch, output, peeled=description)
-        utils.append_json_line(record, output / "log.txt")
-        say(json.dumps({k: round(v, 6) for k, v in record.items()}))
+    def score():
+        top1 = evaluate(network, test, device, args.amp)["top1"]
+        return {"top1": top1}, top1
+
+    fit(run, train, criterion, output, score, mixup, extra=lambda: {"peeled": description})
     checkpoint = output / f"checkpoint_{args.epochs - 1}.pth"
     say(f"wrote {checkpoint}; next:")
     say(f"  python main_test.py --checkpoint {checkpoint} --data_set {args.data_set} --data_path {args.data_path}")

@@ -1,15 +1,14 @@
 """Stage 2: train the super-network with progressive importance-aware dropout (PIAD)."""
 
 import copy
-import json
-import time
 from pathlib import Path
 
 import torch
 
 import datasets
 import utils
-from engine import Run, branch_removal, evaluate, make_criterion, train_one_epoch
+from checkpoints import Run, to_resume, trim_log
+from engine import branch_removal, evaluate, fit, make_criterion
 from models import piad, store
 from models.cost import Shapes, measured_unit_costs
 from models.distillation import Distillation, load_teacher
@@ -136,7 +135,7 @@ def is_complete(table, shapes, args):
     return bool(args.mask_table) or shapes.macs(table.steps[-1]) <= smallest
 
 
-def restore_table(content, path, full):
+def resumed_table(content, path, full):
     """The table of the checkpoint ``content``, or beside it if it holds none, as published ones. Raises InputError."""
     beside = path.parent / store.TABLE_NAME
     table = WidthTable.from_json(content["mask_table"], path) if "mask_table" in content else WidthTable.load(beside)
@@ -145,21 +144,19 @@ def restore_table(content, path, full):
 
 
 def evaluate_ends(run, table, loader):
-    """Top-1 of the largest, the middle and the smallest sub-network, of the weights and of their average."""
-    accuracies = {}
-    for prefix, network in (("test", run.model), ("test_ema", run.ema and run.ema.module)):
+    """Top-1 of the largest, the middle and the smallest sub-network, of the weights and of their average.
+
+    Returns ({'largest': ..., 'ema_largest': ...}, the better of both means over the three sizes).
+    """
+    accuracies, means = {}, []
+    for prefix, network in (("", run.model), ("ema_", run.ema and run.ema.module)):
+        if network is None:
+            continue
         for name, step in (("largest", 0), ("middle", table.last // 2), ("smallest", table.last)):
-            if network:
-                set_widths(network, table.steps[step])
-                accuracies[f"{prefix}_{name}"] = evaluate(network, loader, run.device, run.args.amp)["top1"]
-    return accuracies
-
-
-def is_best(run, accuracies):
-    """Whether the mean over the three sizes, of the weights or of their average, is the highest so far; notes it."""
-    means = [sum(v for k, v in accuracies.items() if ("ema" in k) == ema) / 3 for ema in (False, True)]
-    best, run.max_accuracy = max(means) > run.max_accuracy, max(*means, run.max_accuracy)
-    return best
+            set_widths(network, table.steps[step])
+            accuracies[prefix + name] = evaluate(network, loader, run.device, run.args.amp)["top1"]
+        means.append(sum(accuracies[prefix + name] for name in ("largest", "middle", "smallest")) / 3)
+    return accuracies, max(means)
 
 
 def main(args):
@@ -175,34 +172,32 @@ def main(args):
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run, shapes = Run(model, args, device, len(train)), Shapes.of(model)
     table, unit_costs = first_table(args, model), measure_unit_costs(args, model, shapes, device)
-    if args.resume:
-        content = run.restore(args.resume)
-        table = restore_table(content, Path(args.resume), full_widths(model))
+    checkpoint = to_resume(args.resume, output)
+    if checkpoint:
+        content = run.restore(checkpoint)
+        table = resumed_table(content, checkpoint, full_widths(model))
         unit_costs = content.get("unit_costs", unit_costs)
+    trim_log(output / "log.txt", run.epoch)
     say(
         f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
         f"rank(s), learning rate {run.lr:.2e}, full network {human(shapes.macs(table.steps[0]))} MACs"
     )
 
-    for epoch in range(run.start_epoch, args.epochs):
-        started = time.time()
+    def draw_of(epoch):
         grow_table(model, table, shapes, proxy, epoch, unit_costs, args, device)
-        train.sampler.set_epoch(epoch)
-        figures = train_one_epoch(run, train, criterion, epoch, mixup, make_draw(table, shapes, args), teacher)
-        run.scheduler.step(epoch + 1)
-        record, best = {"epoch": epoch, "train_loss": figures["loss"], "train_lr": figures["lr"]}, False
-        record["steps"] = table.last
-        if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
-            accuracies = evaluate_ends(run, table, test)
-            record |= accuracies
-            # While the list grows, its smallest network is not yet small: only what comes after can be compared.
-            best = is_complete(table, shapes, args) and is_best(run, accuracies)
         table.meta = store.table_meta(spec, shapes, table)
         utils.save_text(table.to_json(), output / store.TABLE_NAME)
-        run.save(epoch, output, best, mask_table=table.to_json(), unit_costs=unit_costs)
-        record["seconds"] = round(time.time() - started, 1)
-        utils.append_json_line(record, output / "log.txt")
-        say(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}))
+        return make_draw(table, shapes, args)
+
+    def score():
+        accuracies, mean = evaluate_ends(run, table, test)
+        # While the list grows, its smallest network is not yet small: only what comes after can be compared.
+        return accuracies | {"steps": table.last}, mean if is_complete(table, shapes, args) else None
+
+    def extra():
+        return {"mask_table": table.to_json(), "unit_costs": unit_costs}
+
+    fit(run, train, criterion, output, score, mixup, teacher, draw_of, extra)
     say(f"wrote {output}/checkpoint_{args.epochs - 1}.pth and {store.TABLE_NAME}; next:")
     say(f"  python main_test.py --checkpoint {output} --data_set {args.data_set} --data_path {args.data_path}")
 

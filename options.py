@@ -77,8 +77,21 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     group.add_argument("--mixup_switch_prob", type=float, default=0.5)
     group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
     group = parser.add_argument_group("run")
-    group.add_argument("--resume", default=None, help="a checkpoint_N.pth of this stage to go on from")
-    group.add_argument("--keep_last", type=positive_int, default=2, help="checkpoints to keep")
+    group.add_argument(
+        "--resume",
+        default=None,
+        help="a checkpoint of this stage to go on from; auto: the newest in --output_dir, if any",
+    )
+    group.add_argument("--keep_last", type=positive_int, default=2, help="checkpoints to keep, beside the best")
+    group.add_argument(
+        "--save_every_steps",
+        type=non_negative_int,
+        default=0,
+        help="updates between checkpoints within an epoch; 0: none",
+    )
+    group.add_argument(
+        "--skip_nonfinite", type=non_negative_int, default=0, help="updates to leave out for a loss that is not finite"
+    )
     group.add_argument("--eval_period", type=positive_int, default=1, help="epochs between two evaluations")
 
 

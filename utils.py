@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,10 @@ import torch.distributed as dist
 
 class InputError(ValueError):
     """A file, flag or value from the user that cannot be used; the message is the one line they see."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and what is needed to go on has been saved."""
 
 
 class RanksDisagree(RuntimeError):
@@ -92,16 +97,45 @@ def human(value):
 
 
 def run_stage(main, args):
-    """Run ``main(args)``; bad input, a loss gone bad or ranks gone apart become one line and exit code 2."""
+    """Run ``main(args)``; bad input, a loss gone bad or ranks gone apart become one line and exit code 2.
+
+    A run that SIGTERM or SIGUSR1 (Slurm's warning) has stopped ends with exit code 75, "try again".
+    """
     try:
         main(args)
     except (InputError, FloatingPointError, RanksDisagree) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Without the interpreter's clean-up: another rank may be waiting inside a collective for this one.
         os._exit(2) if is_distributed() else sys.exit(2)
+    except Interrupted:
+        print("stopped by a signal, saved; the same command with --resume auto goes on", file=sys.stderr, flush=True)
+        os._exit(STOPPED) if is_distributed() else sys.exit(STOPPED)
     finally:
         if is_distributed():
             dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------ signals
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+_signals = []
+
+
+def catch_signals():
+    """From now on SIGTERM and SIGUSR1 are noted, for ``stopping``, and end nothing by themselves."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _frame: _signals.append(number))
+
+
+def stopping():
+    """Whether a signal has asked this process to stop."""
+    return bool(_signals)
+
+
+def restore_signals(_worker=None):
+    """In a data loading process: let signals end it again."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------------------ devices and ranks
@@ -236,10 +270,17 @@ def whole_file(path):
 
 
 def save_torch(obj, path):
-    """torch.save to ``path``, whole or not at all. Main rank only; the others return at once."""
+    """torch.save to ``path``, whole or not at all. Main rank only; the others return at once.
+
+    Raises InputError if it cannot be written, for example because the disk is full.
+    """
     if is_main():
-        with whole_file(path) as temporary:
-            torch.save(obj, temporary)
+        try:
+            with whole_file(path) as temporary:
+                torch.save(obj, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError for a full disk
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path}: could not be written ({reason}); what was there before is untouched") from None
 
 
 def save_text(text, path):
@@ -265,6 +306,8 @@ def output_folder(path):
             probe = path / f".write_test.{os.getpid()}"
             probe.touch()
             probe.unlink()
+            for leftover in path.glob(".*.part"):  # of a run that was killed while writing
+                leftover.unlink()
         except OSError as error:
             raise InputError(f"--output_dir {path}: cannot be written to ({error.strerror})") from None
     barrier()

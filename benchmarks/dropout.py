@@ -27,7 +27,8 @@ import datasets
 import main_train
 import utils
 from benchmarks.truncation import sort_unrotated, spread
-from engine import Run, branch_removal, make_criterion, train_one_epoch
+from checkpoints import Run
+from engine import branch_removal, make_criterion, train_one_epoch
 from models import peel, piad
 from models.compensation import compensate
 from models.cost import Shapes

@@ -82,6 +82,8 @@ def load_supernet(
     content = content or read_checkpoint(path)
     table_path = Path(mask_table) if mask_table else path.parent / TABLE_NAME
     table = WidthTable.load(table_path)
+    if "mask_table" in content and not mask_table:
+        table = _agreed(table, WidthTable.from_json(content["mask_table"], path), table_path, path)
     if use_ema and not content.get("model_ema"):
         raise InputError(f"--use_ema: {path} has no averaged weights (member 'model_ema')")
     state = content["model_ema"] if use_ema else content["model"]
@@ -102,6 +104,19 @@ def loading_options(args):
     """The command-line options that ``load_supernet`` takes."""
     names = ("model", "input_size", "mask_table", "use_ema", "statistics", "compensate")
     return {name: getattr(args, name) for name in names}
+
+
+def _agreed(beside, inside, table_path, path):
+    """The table inside a checkpoint; that beside it may be longer or shorter by what a stopped run had not yet saved.
+
+    Raises InputError if they are of different runs.
+    """
+    common = min(beside.last, inside.last) + 1
+    if beside.steps[:common] != inside.steps[:common]:
+        raise InputError(
+            f"{table_path}: not the table that {path.name} was trained with; to use it all the same say --mask_table"
+        )
+    return beside if beside.last == inside.last else inside
 
 
 def _memory(network, path, wanted):

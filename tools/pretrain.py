@@ -1,6 +1,5 @@
 """Train a small ViT from scratch, the network that stage 1 starts from where no published weights exist."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,7 +7,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import utils
-from engine import Run, evaluate, make_criterion, train_one_epoch
+from checkpoints import Run, to_resume, trim_log
+from engine import evaluate, fit, make_criterion
 from models.vit import ModelSpec
 from options import add_training_options, stage_parser
 from utils import InputError, say
@@ -36,13 +36,16 @@ def main(args):
     test = datasets.eval_loader(test_images, datasets.eval_transform(args, config), args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run = Run(model, args, device, len(train))
-    for epoch in range(args.epochs):
-        train.sampler.set_epoch(epoch)
-        figures = train_one_epoch(run, train, criterion, epoch, mixup)
-        run.scheduler.step(epoch + 1)
-        if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
-            top1 = evaluate(model, test, device, args.amp)["top1"]
-            say(json.dumps({"epoch": epoch, "train_loss": round(figures["loss"], 4), "test_top1": round(top1, 2)}))
+    checkpoint = to_resume(args.resume, output)
+    if checkpoint:
+        run.restore(checkpoint)
+    trim_log(output / "log.txt", run.epoch)
+
+    def score():
+        top1 = evaluate(model, test, device, args.amp)["top1"]
+        return {"top1": top1}, top1
+
+    fit(run, train, criterion, output, score, mixup)
     weights = output / "pretrained.pth"
     utils.save_torch({"model": {name: value.cpu() for name, value in model.state_dict().items()}}, weights)
     say(f"wrote {weights}; next:")

@@ -1,0 +1,171 @@
+"""A training run: all that training changes, saved so that a run that was stopped goes on as if it never had been."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+from models.vit import load_weights, read_checkpoint
+from utils import InputError, say
+
+BEST_NAME, MID_EPOCH_NAME = "best_checkpoint.pth", "mid_epoch.pth"
+NUMBERED = re.compile(r"checkpoint_(\d+)\.pth")
+
+
+class Run:
+    """Model, optimiser, schedule, averaged weights and position of a training run.
+
+    Position: ``epoch`` is under way and ``updates`` of its updates are done, with a mean loss of ``loss_sum /
+    losses``; ``skipped`` counts updates left out for a non-finite loss. ``parallel`` is the model, wrapped for several
+    ranks.
+    """
+
+    def __init__(self, model, args, device, batches_per_epoch):
+        self.model, self.args, self.device = model, args, device
+        self.updates_per_epoch = batches_per_epoch // args.accum_iter
+        if not self.updates_per_epoch:
+            raise InputError(f"--accum_iter {args.accum_iter}: an epoch has {batches_per_epoch} batches")
+        # DeiT's rule: the rate is given for 512 images a step.
+        self.batch = args.batch_size * args.accum_iter * utils.world_size()
+        self.lr = args.lr if args.unscale_lr else args.lr * self.batch / 512
+        self.optimizer = create_optimizer_v2(model, opt=args.opt, lr=self.lr, weight_decay=args.weight_decay)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+            warmup_epochs=args.warmup_epochs, updates_per_epoch=self.updates_per_epoch,
+        )  # fmt: skip
+        self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.epoch, self.updates, self.skipped, self.max_accuracy = 0, 0, 0, 0.0
+        self.loss_sum, self.losses = torch.zeros((), device=device), 0
+        # A sub-network without a branch leaves that branch's parameters out of the backward pass.
+        self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
+
+    def update(self, step):
+        """One optimiser step with the gradients that are there; ``step`` is the global one."""
+        if self.args.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update(self.model, step=step)
+
+    def mean_loss(self):
+        """Mean loss of this epoch's updates over all ranks, which keep it as their own. To be called by all ranks."""
+        mean = utils.all_reduce_sum(self.loss_sum / max(self.losses, 1)) / utils.world_size()
+        self.loss_sum = mean * self.losses if utils.is_distributed() else self.loss_sum
+        return mean.item()
+
+    def begin(self, epoch):
+        """Set the position to the start of ``epoch``."""
+        self.epoch, self.updates, self.losses = epoch, 0, 0
+        self.loss_sum = torch.zeros((), device=self.device)
+
+    # -------------------------------------------------------------------------------------- files
+
+    def content(self):
+        """The layout of the published super-networks, whose 'epoch' is the last whole one, and the position."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "epoch": self.epoch - 1,
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "scaler": self.scaler.state_dict(),
+            "args": self.args,
+            "max_accuracy": self.max_accuracy,
+            "position": {name: getattr(self, name) for name in ("updates", "losses", "loss_sum", "skipped")},
+        }
+
+    def restore(self, path):
+        """Go on from ``path``. Returns the checkpoint's content. Raises InputError if it is no checkpoint of a run."""
+        content = read_checkpoint(path)
+        missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in content]
+        if missing:
+            raise InputError(f"--resume {path}: cannot be resumed from, it has no {', '.join(missing)}")
+        load_weights(self.model, content["model"], path)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["lr_scheduler"])
+        if self.ema and content.get("model_ema"):
+            self.ema.module.load_state_dict(content["model_ema"])
+        self.scaler.load_state_dict(content.get("scaler") or {})
+        self.begin(content["epoch"] + 1)
+        self.max_accuracy = content.get("max_accuracy", 0.0)
+        for name, value in content.get("position", {}).items():
+            setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
+        return content
+
+    def save_epoch(self, output, best, **more):
+        """After a whole epoch: checkpoint_<epoch>.pth, and if it is the ``best`` that too; drop what it replaces.
+
+        The best is written first: a run stopped in between writes it again, and never has a record without its file.
+        """
+        done = self.epoch
+        self.begin(done + 1)
+        content = self.content() | more
+        if best:
+            utils.save_torch(content, output / BEST_NAME)
+        utils.save_torch(content, output / f"checkpoint_{done}.pth")
+        if utils.is_main():
+            (output / MID_EPOCH_NAME).unlink(missing_ok=True)
+            for number, path in numbered(output).items():
+                if number <= done - self.args.keep_last:
+                    path.unlink()
+
+    def save_mid_epoch(self, output, **more):
+        """Between two updates, or while evaluating after the last."""
+        utils.save_torch(self.content() | more, output / MID_EPOCH_NAME)
+
+
+def numbered(folder):
+    """{N: path} of every checkpoint_N.pth in ``folder``."""
+    return {int(m[1]): path for path in Path(folder).glob("checkpoint_*.pth") if (m := NUMBERED.fullmatch(path.name))}
+
+
+def to_resume(resume, output):
+    """The checkpoint that ``--resume`` means: a file, or for 'auto' the newest in ``output`` that is whole, if any.
+
+    Raises InputError where a new run would overwrite the checkpoints of an earlier one.
+    """
+    found = numbered(output)
+    if not resume and (found or (output / MID_EPOCH_NAME).exists()):
+        raise InputError(f"--output_dir {output}: holds checkpoints; go on with --resume auto, or take another folder")
+    if resume != "auto":
+        return resume and Path(resume)
+    newest = [found[number] for number in sorted(found, reverse=True)]
+    # A mid-epoch file is newer than all whole epochs, unless the run was stopped before it could be removed.
+    candidates = {path: position for path in (output / MID_EPOCH_NAME, *newest) if (position := _position(path))}
+    return max(candidates, key=candidates.get, default=None)
+
+
+def _position(path):
+    """(epoch under way, updates done) of a checkpoint, or None if it is missing or cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        content = read_checkpoint(path)
+        return content["epoch"] + 1, content.get("position", {}).get("updates", 0)
+    except (InputError, KeyError) as error:
+        say(f"note: passed over: {error}")
+        return None
+
+
+def trim_log(path, epoch):
+    """Drop what a log in DeiT's format holds of ``epoch`` and later, and a last line cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    utils.save_text("".join(kept), path)
