@@ -1,7 +1,6 @@
 """A training run: all that training changes, saved so that a run that was stopped goes on as if it never had been."""
 
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -12,11 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
+from models.store import numbered_checkpoints
 from models.vit import load_weights, read_checkpoint
 from utils import InputError, say
 
 BEST_NAME, MID_EPOCH_NAME = "best_checkpoint.pth", "mid_epoch.pth"
-NUMBERED = re.compile(r"checkpoint_(\d+)\.pth")
 
 
 class Run:
@@ -115,7 +114,7 @@ class Run:
         utils.save_torch(content, output / f"checkpoint_{done}.pth")
         if utils.is_main():
             (output / MID_EPOCH_NAME).unlink(missing_ok=True)
-            for number, path in numbered(output).items():
+            for number, path in numbered_checkpoints(output).items():
                 if number <= done - self.args.keep_last:
                     path.unlink()
 
@@ -124,17 +123,12 @@ class Run:
         utils.save_torch(self.content() | more, output / MID_EPOCH_NAME)
 
 
-def numbered(folder):
-    """{N: path} of every checkpoint_N.pth in ``folder``."""
-    return {int(m[1]): path for path in Path(folder).glob("checkpoint_*.pth") if (m := NUMBERED.fullmatch(path.name))}
-
-
 def to_resume(resume, output):
     """The checkpoint that ``--resume`` means: a file, or for 'auto' the newest in ``output`` that is whole, if any.
 
     Raises InputError where a new run would overwrite the checkpoints of an earlier one.
     """
-    found = numbered(output)
+    found = numbered_checkpoints(output)
     if not resume and (found or (output / MID_EPOCH_NAME).exists()):
         raise InputError(f"--output_dir {output}: holds checkpoints; go on with --resume auto, or take another folder")
     if resume != "auto":
@@ -142,7 +136,10 @@ def to_resume(resume, output):
     newest = [found[number] for number in sorted(found, reverse=True)]
     # A mid-epoch file is newer than all whole epochs, unless the run was stopped before it could be removed.
     candidates = {path: position for path in (output / MID_EPOCH_NAME, *newest) if (position := _position(path))}
-    return max(candidates, key=candidates.get, default=None)
+    chosen = max(candidates, key=candidates.get, default=None)
+    if not utils.all_the_same(str(chosen)):
+        raise InputError(f"--resume auto: not every rank finds {chosen}; --output_dir must be on storage that all share")
+    return chosen
 
 
 def _position(path):

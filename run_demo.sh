@@ -1,6 +1,7 @@
 #!/bin/sh
 # The whole chain on scikit-learn's 1,797 real digits, on a CPU, in a few minutes:
 # a small ViT trained on the spot -> stage 1 -> stage 2 -> stage 3 on three sets of weights -> stage 4 -> a chart.
+# Started again it goes on where it was stopped; remove output/demo to start afresh.
 set -e
 cd "$(dirname "$0")"
 OUTPUT=${OUTPUT:-output/demo}
@@ -9,7 +10,7 @@ REQUIREMENTS=requirements.txt
 
 DATA="--model vit_digits --data-set DIGITS --device cpu --num-workers 0"
 # 1,198 images of 8 x 8 pixels: shifts are augmentation enough, and a plain recipe learns them best.
-RECIPE="--no-repeated-aug --no-model-ema --aa= --hflip 0 --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --warmup-epochs 5"
+RECIPE="--resume auto --no-repeated-aug --no-model-ema --aa= --hflip 0 --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --warmup-epochs 5"
 LADDER="--macs-ratio 1 0.8333 0.6667 0.5 0.4167 0.3333 0.25 0.1667"
 
 echo "== a small ViT, trained from scratch"

@@ -36,9 +36,14 @@ class SuperNet:
         return compensate(network, self.model, widths, self.memory) if self.memory else network
 
 
+def numbered_checkpoints(folder):
+    """{N: path} of every checkpoint_N.pth in ``folder``."""
+    return {int(m[1]): path for path in Path(folder).glob("checkpoint_*.pth") if (m := _NUMBERED.fullmatch(path.name))}
+
+
 def newest_checkpoint(folder):
     """The checkpoint_N.pth of ``folder`` with the highest N, else the weights of stage 1. Raises InputError."""
-    found = {int(m[1]): path for path in Path(folder).glob("checkpoint_*.pth") if (m := _NUMBERED.fullmatch(path.name))}
+    found = numbered_checkpoints(folder)
     stage_1 = Path(folder) / WEIGHTS_NAME
     if not found and stage_1.is_file():
         return stage_1
