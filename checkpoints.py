@@ -138,7 +138,7 @@ def to_resume(resume, output):
     candidates = {path: position for path in (output / MID_EPOCH_NAME, *newest) if (position := _position(path))}
     chosen = max(candidates, key=candidates.get, default=None)
     if not utils.all_the_same(str(chosen)):
-        raise InputError(f"--resume auto: not every rank finds {chosen}; --output_dir must be on storage that all share")
+        raise InputError(f"--resume auto: not every rank finds {chosen}; --output_dir must be on shared storage")
     return chosen
 
 

@@ -26,7 +26,7 @@ def fit(run, loader, criterion, output, score, mixup=None, teacher=None, draw_of
     """Train from where ``run`` (Run) stands to its last epoch; log, evaluate and write checkpoints into ``output``.
 
     Args:
-        score: function without arguments: (accuracies to log, the one number by which the best checkpoint is kept, or
+        score: function without arguments: (figures to log, the one number by which the best checkpoint is kept, or
             None where nothing can be compared yet).
         draw_of: function of the epoch that gives ``train_one_epoch`` its ``draw``, for a super-network.
         extra: function without arguments: further members of the checkpoints.
@@ -46,8 +46,8 @@ def fit(run, loader, criterion, output, score, mixup=None, teacher=None, draw_of
             figures = train_one_epoch(run, loader, criterion, epoch, mixup, draw, teacher, save)
             record, best = {"epoch": epoch} | {f"train_{k}": v for k, v in figures.items()}, False
             if (epoch + 1) % args.eval_period == 0 or epoch + 1 == args.epochs:
-                accuracies, value = score()
-                record |= {f"test_{name}": accuracy for name, accuracy in accuracies.items()}
+                figures, value = score()
+                record |= figures
                 best = value is not None and value > run.max_accuracy
                 run.max_accuracy = value if best else run.max_accuracy
             record["seconds"] = round(watch.seconds(), 1)

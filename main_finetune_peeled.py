@@ -73,7 +73,7 @@ def main(args):
 
     def score():
         top1 = evaluate(network, test, device, args.amp)["top1"]
-        return {"top1": top1}, top1
+        return {"test_top1": top1}, top1
 
     fit(run, train, criterion, output, score, mixup, extra=lambda: {"peeled": description})
     checkpoint = output / f"checkpoint_{args.epochs - 1}.pth"

@@ -146,10 +146,10 @@ def resumed_table(content, path, full):
 def evaluate_ends(run, table, loader):
     """Top-1 of the largest, the middle and the smallest sub-network, of the weights and of their average.
 
-    Returns ({'largest': ..., 'ema_largest': ...}, the better of both means over the three sizes).
+    Returns ({'test_largest': ..., 'test_ema_largest': ...}, the better of both means over the three sizes).
     """
     accuracies, means = {}, []
-    for prefix, network in (("", run.model), ("ema_", run.ema and run.ema.module)):
+    for prefix, network in (("test_", run.model), ("test_ema_", run.ema and run.ema.module)):
         if network is None:
             continue
         for name, step in (("largest", 0), ("middle", table.last // 2), ("smallest", table.last)):

@@ -30,6 +30,7 @@ from benchmarks.truncation import sort_unrotated, spread
 from checkpoints import Run
 from engine import branch_removal, make_criterion, train_one_epoch
 from models import peel, piad
+from models.calibration import calibrate
 from models.compensation import compensate
 from models.cost import Shapes
 from models.statistics import OBJECTIVES, collect_statistics
@@ -360,16 +361,27 @@ def measure(args, seed, name):
         dropout = ChannelDropout(bench, model, how)
         spent, table = train(bench, model, options, budget, dropout, macs=dropout.macs), even_table(bench)
         dropout.remove()
-    seconds, top1, obtained = time.perf_counter() - started, [], []
+    seconds = time.perf_counter() - started
+    return {
+        **score(bench, model, table, memory if start == "greedy" else None, calibrated=how in (None, "piad", "table")),
+        **{"spent": spent, "steps": table.last, "seconds": seconds, "pretrained": bench.top1(bench.model)},
+    }
+
+
+def score(bench, model, table, memory, calibrated):
+    """Top-1 at each share of the MACs, plain or with ``memory`` compensated; if asked for, ``calibrated`` as well."""
+    result = {"top1": [], "macs": [], "calibrated": []}
     for share in SHARES:
         widths = table.steps[table.first_within(bench.shapes.macs, share * bench.shapes.macs(bench.full))]
         network = peel.extract(model, widths)
-        if start == "greedy":
+        if memory:
             compensate(network, model, widths, memory)
-        top1.append(bench.top1(network))
-        obtained.append(bench.shapes.macs(widths))
-    result = {"top1": top1, "macs": obtained, "spent": spent, "steps": table.last, "seconds": seconds}
-    return result | {"pretrained": bench.top1(bench.model)}
+        result["top1"].append(bench.top1(network))
+        result["macs"].append(bench.shapes.macs(widths))
+        if calibrated:
+            calibrate(network, model, bench.proxy, OBJECTIVES["feature"], bench.device)
+            result["calibrated"].append(bench.top1(network))
+    return result
 
 
 # ------------------------------------------------------------------------------------------ reports
@@ -404,11 +416,17 @@ def run_all(args):
     return {name: [results[name][seed] for seed in args.seeds] for name in args.variants}
 
 
-def row(name, runs):
-    cells = [spread([run["top1"][index] for run in runs]) for index in range(len(SHARES))]
+def row(name, runs, member="top1"):
+    cells = [spread([run[member][index] for run in runs]) for index in range(len(SHARES))]
     spent = sum(run["spent"] for run in runs) / len(runs) / 1e12
     seconds = sum(run["seconds"] for run in runs) / len(runs)
     return f"| {name} | " + " | ".join(f"{m:.2f}±{d:.2f}" for m, d in cells) + f" | {spent:.1f} | {seconds:.0f} |"
+
+
+def calibrated_rows(results):
+    """Variants whose extracted networks were refitted on the proxy images as well."""
+    for name in ("no training, compensated", "PIAD, balanced", BEST):
+        yield row(f"{name}; calibrated", results[name], "calibrated")
 
 
 def gains(runs, base):
@@ -471,6 +489,7 @@ def report(results, args):
         head + " 10^12 MACs | s |",
         "|---" * (len(SHARES) + 3) + "|",
         *(row(name, results[name]) for name in [*MAIN, BEST]),
+        *calibrated_rows(results),
         "\n## Options against plain PIAD\n",
         "Difference to `PIAD, balanced`, seed by seed; bold where the mean gain is above its spread.\n",
         head,

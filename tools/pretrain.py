@@ -43,7 +43,7 @@ def main(args):
 
     def score():
         top1 = evaluate(model, test, device, args.amp)["top1"]
-        return {"top1": top1}, top1
+        return {"test_top1": top1}, top1
 
     fit(run, train, criterion, output, score, mixup)
     weights = output / "pretrained.pth"
