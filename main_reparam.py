@@ -126,7 +126,8 @@ def main(args):
     if args.compensation:
         say(f"wrote {weights}, {MEMORY_NAME}, {store.TABLE_NAME} and report.json; to cut and test without training:")
         say(f"  python main_test.py --checkpoint {output} {tail}")
-        say("to train a super-network from here, use --no_compensation: its order of hidden units trains better")
+        if args.mlp_order == "greedy":
+            say("to train a super-network from here, use --mlp_order taylor: that order trains better")
     else:
         say(f"wrote {weights} and report.json; next:")
         say(f"  python main_train.py --model {args.model} --pretrained {weights} {tail}")

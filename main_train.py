@@ -20,8 +20,8 @@ from utils import InputError, RanksDisagree, human, say
 
 # The paper's recipe, and what replaced it where that won (docs/stage2.md).
 RECIPES = {
-    "paper": {"distillation_type": "none", "always": [], "sampling": "uniform"},
-    "ours": {"distillation_type": "none", "always": [], "sampling": "uniform"},
+    "paper": {"mask_table": "none", "sampling": "uniform"},
+    "ours": {"mask_table": "auto", "sampling": "uniform"},
 }
 
 
@@ -42,7 +42,8 @@ def build(args, device):
     """The super-network with its starting weights, its spec, the training images and the teacher, if any."""
     if not args.model:
         raise InputError("--model is required: vit_tiny, vit_small, vit_base, or any timm VisionTransformer")
-    path = Path(args.pretrained or f"output/reparam/{args.model}/reparamed.pth")
+    args.pretrained = args.pretrained or f"output/reparam/{args.model}/reparamed.pth"
+    args.mask_table, path = complete_table(args), Path(args.pretrained)
     if not path.is_file():
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
@@ -111,13 +112,23 @@ def make_draw(table, shapes, args):
     return draw
 
 
+def complete_table(args):
+    """The file of the complete table that ``--mask_table`` means, or None where the list is to grow."""
+    beside = Path(args.pretrained).parent / store.TABLE_NAME
+    if args.mask_table == "none" or (args.mask_table == "auto" and not beside.is_file()):
+        return None
+    return beside if args.mask_table == "auto" else Path(args.mask_table)
+
+
 def first_table(args, model):
     """The width table that training starts with: the full network alone, or all of ``--mask_table``."""
     full = full_widths(model)
     if not args.mask_table:
+        say(f"the list of sub-networks grows in {args.grow_epochs} epochs")
         return WidthTable([full])
     table = WidthTable.load(args.mask_table)
     table.check_fits(full, args.mask_table)
+    say(f"training the {len(table.steps)} sub-networks of {args.mask_table} from the start")
     return WidthTable(table.steps)
 
 

@@ -111,10 +111,11 @@ def add_piad_options(parser, recipes):
     group = parser.add_argument_group("progressive importance-aware dropout")
     group.add_argument(
         "--recipe", default="ours", choices=recipes,
-        help="defaults of --distillation_type, --always and --sampling; flags given beside it win",
+        help="defaults of --mask_table and --sampling; flags given beside it win",
     )  # fmt: skip
     group.add_argument(
-        "--mask_table", default=None, help="train all of this width table from the start, in place of growing one"
+        "--mask_table",
+        help="train all of this table from the start; auto: the one beside --pretrained, if any; none: grow a list",
     )
     group.add_argument("--grow_epochs", type=positive_int, default=50, help="epochs in which the list grows")
     group.add_argument("--drop_ratio", type=fraction, default=0.875, help="share of MACs gone at the last step")
@@ -129,7 +130,7 @@ def add_piad_options(parser, recipes):
         "--sampling", choices=["uniform", "macs", "ends"], help="which step of the list a training step draws"
     )
     group.add_argument(
-        "--always", nargs="*", choices=["largest", "smallest"],
+        "--always", nargs="*", default=[], choices=["largest", "smallest"],
         help="sub-networks that every step trains beside the drawn one; both make a sandwich",
     )  # fmt: skip
     switch(group, "subnet_per_rank", False, "each rank draws its own sub-network")

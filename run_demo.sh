@@ -19,12 +19,12 @@ echo "== stage 1: reparameterise, and cut without training"
 $PYTHON main_reparam.py $DATA --pretrained $OUTPUT/pretrain/pretrained.pth --output-dir $OUTPUT/reparam
 $PYTHON main_test.py $DATA --checkpoint $OUTPUT/reparam $LADDER --output-dir $OUTPUT/test/reparam
 echo "== stage 2: train the super-network"
-$PYTHON main_reparam.py $DATA --pretrained $OUTPUT/pretrain/pretrained.pth --no-compensation --output-dir $OUTPUT/start
+$PYTHON main_reparam.py $DATA --pretrained $OUTPUT/pretrain/pretrained.pth --mlp-order taylor --output-dir $OUTPUT/start
 $PYTHON main_train.py $DATA $RECIPE --pretrained $OUTPUT/start/reparamed.pth --epochs 60 --grow-epochs 20 --lr 8e-3 \
     --eval-period 20 --output-dir $OUTPUT/supernet
 echo "== stage 3: sub-networks of the same widths, from the original, the reparameterised and the trained weights"
 for weights in pretrain/pretrained.pth start/reparamed.pth supernet; do
-    $PYTHON main_test.py $DATA --checkpoint $OUTPUT/$weights --mask-table $OUTPUT/supernet/mask_table.json $LADDER \
+    $PYTHON main_test.py $DATA --no-compensate --checkpoint $OUTPUT/$weights --mask-table $OUTPUT/supernet/mask_table.json $LADDER \
         --output-dir $OUTPUT/test/$(dirname $weights/x | cut -d/ -f1)
 done
 echo "== stage 4: fine-tune one sub-network"

@@ -67,6 +67,9 @@ OPTIONS = {
     "sandwich, in-place": ("balanced", "piad", "--always largest smallest --distillation_type inplace"),
     "soft teacher": ("balanced", "piad", "--distillation_type soft"),
     "whole table from stage 1": ("balanced", "table", ""),
+    "whole table, sampling by MACs": ("balanced", "table", "--sampling macs"),
+    "whole table, towards the ends": ("balanced", "table", "--sampling ends"),
+    "whole table, soft teacher": ("balanced", "table", "--distillation_type soft"),
     "averaged start": ("averaged", "piad", ""),
 }
 BEST = "best recipe"
@@ -152,7 +155,7 @@ class Bench:
     def flags(self, more=""):
         flags = f"--model {self.args.model} --seed {self.seed} --lr {self.args.lr} {RECIPE} {more}"
         args = main_train.get_args(flags.split())
-        args.amp = "none"
+        args.amp, args.mask_table = "none", None
         return args
 
     @torch.inference_mode()
@@ -407,7 +410,7 @@ def run_all(args):
     with ProcessPoolExecutor(args.workers) as pool:
         for future in [pool.submit(pretrain, args, seed) for seed in args.seeds]:
             future.result()
-        jobs = {pool.submit(job, args, seed, name): (name, seed) for seed in args.seeds for name in args.variants}
+        jobs = {pool.submit(job, args, seed, name): (name, seed) for name in args.variants for seed in args.seeds}
         for future in as_completed(jobs):
             name, seed = jobs[future]
             results[name][seed] = future.result()

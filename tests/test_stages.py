@@ -35,8 +35,20 @@ TRAINING = [
     "--warmup-epochs",
     "0",
 ]
-TRAINING += ["--proxy-samples", "64", "--grow-epochs", "2", "--epochs", "3", "--lr", "1e-3", "--no-repeated-aug"]
-FINETUNE = [o for o in TRAINING if o not in ("--proxy-samples", "64", "--grow-epochs", "2")]
+TRAINING += [
+    "--recipe",
+    "paper",
+    "--proxy-samples",
+    "64",
+    "--grow-epochs",
+    "2",
+    "--epochs",
+    "3",
+    "--lr",
+    "1e-3",
+    "--no-repeated-aug",
+]
+FINETUNE = [o for o in TRAINING if o not in ("--recipe", "paper", "--proxy-samples", "64", "--grow-epochs", "2")]
 
 
 def run(*command, ranks=1, expect=0):
@@ -157,14 +169,15 @@ def test_the_best_checkpoint_is_the_one_of_the_best_mean_once_the_list_is_comple
 
 
 def test_every_training_option_at_once_resumes_to_the_bit(chain, tmp_path):
-    """A whole table from stage 1, sandwich, in-place distillation, accumulation; and costs in measured seconds."""
+    """Stage 1's table, found by itself; sandwich, in-place distillation, accumulation; costs in measured seconds."""
     table = chain[1] / "reparam/mask_table.json"
     options = [
-        *TRAINING, "--pretrained", chain[1] / "reparam/reparamed.pth", "--mask-table", table, "--always", "largest",
-        "smallest", "--distillation-type", "inplace", "--accum-iter", "2", "--sampling", "ends", "--clip-grad", "1",
+        *TRAINING, "--pretrained", chain[1] / "reparam/reparamed.pth", "--recipe", "ours",
+        "--always", "largest", "smallest", "--distillation-type", "inplace", "--accum-iter", "2", "--sampling", "ends", "--clip-grad", "1",
         "--batch-size", "32", "--epochs", "2", "--importance-per", "latency", "--sensitivity", "accuracy",
     ]  # fmt: skip
-    run("main_train.py", *options, "--keep-last", "2", "--output-dir", tmp_path / "whole")
+    output = run("main_train.py", *options, "--keep-last", "2", "--output-dir", tmp_path / "whole")
+    assert f"sub-networks of {table} from the start" in output
     run(
         "main_train.py", *options, "--resume", tmp_path / "whole/checkpoint_0.pth", "--output-dir", tmp_path / "part"
     )  # fmt: skip
@@ -177,7 +190,7 @@ def test_every_training_option_at_once_resumes_to_the_bit(chain, tmp_path):
 
 def test_the_recipe_sets_defaults_and_flags_win():
     paper = main_train.get_args(["--recipe", "paper"])
-    assert (paper.always, paper.distillation_type, paper.sampling) == ([], "none", "uniform")
+    assert (paper.mask_table, paper.always, paper.distillation_type, paper.sampling) == ("none", [], "none", "uniform")
     ours = main_train.get_args([])
     assert {name: getattr(ours, name) for name in main_train.RECIPES["ours"]} == main_train.RECIPES["ours"]
     mixed = main_train.get_args(["--recipe", "paper", "--sampling", "macs", "--always", "smallest"])
