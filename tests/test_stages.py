@@ -173,7 +173,8 @@ def test_every_training_option_at_once_resumes_to_the_bit(chain, tmp_path):
     table = chain[1] / "reparam/mask_table.json"
     options = [
         *TRAINING, "--pretrained", chain[1] / "reparam/reparamed.pth", "--recipe", "ours",
-        "--always", "largest", "smallest", "--distillation-type", "inplace", "--accum-iter", "2", "--sampling", "ends", "--clip-grad", "1",
+        "--always", "largest", "smallest", "--distillation-type", "inplace",
+        "--accum-iter", "2", "--sampling", "ends", "--clip-grad", "1",
         "--batch-size", "32", "--epochs", "2", "--importance-per", "latency", "--sensitivity", "accuracy",
     ]  # fmt: skip
     output = run("main_train.py", *options, "--keep-last", "2", "--output-dir", tmp_path / "whole")
