@@ -118,7 +118,7 @@ def hidden_order(mlp, sums, kind):
     if kind == "greedy":
         mean = sums.hidden.weighted_mean
         weight = mlp.fc2.weight.detach().double()
-        return greedy_order(sums.hidden.about(mean)[0], weight, sums.mlp_gram / sums.hidden.count, sums.taylor_mlp)
+        return greedy_order(sums.hidden.about(mean)[0], weight, sums.mean_gram("mlp"), sums.taylor_mlp)
     importance = {"taylor": sums.taylor_mlp, "hessian": sums.hessian_mlp}[kind]
     return importance.argsort(descending=True, stable=True)
 
@@ -126,8 +126,7 @@ def hidden_order(mlp, sums, kind):
 def _remember(block, sums, order, attn_mean, attn_error):
     mean = sums.hidden.weighted_mean
     covariance = sums.hidden.about(mean)[0][order][:, order]
-    gram = sums.mlp_gram / sums.hidden.count
-    return remember(block, mean[0][order], covariance, gram, attn_mean, attn_error)
+    return remember(block, mean[0][order], covariance, sums.mean_gram("mlp"), attn_mean, attn_error)
 
 
 class HeadWeights:
@@ -188,7 +187,7 @@ def _rewrite_pca(weights, sums):
     weights.map("q", basis_qk.mT)
     weights.map("k", basis_qk.mT)
     variance_z = (basis_v.mT @ sums.grad_z.about(sums.grad_z.mean) @ basis_v).diagonal(dim1=-2, dim2=-1)
-    return output_errors(variance_z, weights.proj, sums.attn_gram / sums.grad_z.count)
+    return output_errors(variance_z, weights.proj, sums.mean_gram("attn"))
 
 
 def _rewrite_balanced(weights, sums):
@@ -202,7 +201,7 @@ def _rewrite_balanced(weights, sums):
         weights.k_bias = weights.k_bias - mean_k
     # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
     covariance_z = sums.grad_z.about(mean_z) if weights.can_fold else sums.grad_z.second_moment
-    gram = sums.attn_gram / sums.grad_z.count
+    gram = sums.mean_gram("attn")
     to, back = output_basis(covariance_z, gram, weights.proj)
     weights.map("v", to)
     weights.proj = weights.proj @ back

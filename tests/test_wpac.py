@@ -138,13 +138,15 @@ def test_taylor_sums_equal_autograd_on_retained_activations():
 def test_statistics_do_not_depend_on_the_batch_size():
     model = tiny_supernet().double()
     one, other = (
-        collect_statistics(model, proxy_batches(24, batch, dtype=torch.float64), OBJECTIVES["label"], CPU)
+        collect_statistics(model, proxy_batches(24, batch, dtype=torch.float64), OBJECTIVES["label"], CPU, hidden=True)
         for batch in (3, 24)
     )
     for a, b in zip(one, other, strict=True):
-        assert torch.allclose(a.grad_z.s2, b.grad_z.s2, rtol=1e-9)
-        assert torch.allclose(a.theta_v.s2, b.theta_v.s2, rtol=1e-9)
-        assert torch.allclose(a.attn_gram, b.attn_gram, rtol=1e-9)
+        for moments in ("grad_z", "theta_v", "grad_k", "joint_z", "hidden"):
+            expected = getattr(a, moments).second_moment
+            assert torch.allclose(getattr(b, moments).second_moment, expected, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(a.mean_gram("attn"), b.mean_gram("attn"), rtol=1e-9)
+        assert torch.allclose(a.mean_gram("mlp"), b.mean_gram("mlp"), rtol=1e-9)
 
 
 def test_statistics_of_a_sliced_network_and_flags_left_as_they_were():
