@@ -119,7 +119,7 @@ class BlockStatistics:
     grad_q: Moments | None = None
     grad_k: Moments | None = None
     grad_z: Moments | None = None
-    joint_z: Moments | None = None  # one group of H d: z of all heads, tokens weighted by |go|^2, go as below
+    joint_z: Moments | None = None  # one group of H d: z of all heads, tokens weighted by |go|, go as below
     attn_gram: SymmetricSum | None = None  # [D, D] sum of go go^T, go the gradient at the output of proj
     mlp_gram: SymmetricSum | None = None  # [D, D] the same at the output of fc2
     hidden: Moments | None = None  # one group of M: the hidden vector a, tokens weighted by |dC/da|^2
@@ -224,7 +224,7 @@ class _BlockTap:
         _add_gram(self.sums.attn_gram, gradient)
         for f, g in _parts(self.kept["z"], gradient):
             flat = rearrange(f.double(), "b t c -> 1 (b t) c")
-            self.sums.joint_z.add(flat, rearrange(g.double().square().sum(-1), "b t -> 1 (b t)"))
+            self.sums.joint_z.add(flat, rearrange(g.double().norm(dim=-1), "b t -> 1 (b t)"))
 
     def _add_z(self, z, gradient):
         for f, g in _parts(z, gradient):

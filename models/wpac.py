@@ -11,6 +11,9 @@ from models.compensation import greedy_order, remember
 
 # Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
 EIGENVALUE_FLOOR = 1e-9
+# How the joint refinement of the V/O bases weighs narrow against wide prefixes, and its L-BFGS steps per block.
+JOINT_BALANCE = 0.7
+JOINT_STEPS = 80
 
 
 # ------------------------------------------------------------------------------------------ solvers
@@ -51,6 +54,65 @@ def output_basis(covariance_z, output_gram, proj):
     # Right singular vectors of G^(1/2) W_o Sigma_z^(1/2), from its d x d Gram matrix: no root of G is needed.
     v = pca_basis(root @ (proj.mT @ output_gram @ proj) @ root)
     return v.mT @ inverse_root, root @ v
+
+
+def prefix_errors(change, kept, output_gram, moment_z):
+    """Expected squared error at proj's output, all heads together, of keeping the first ``kept`` dimensions of each.
+
+    Args, in coordinates where nothing is changed yet, (h d) for the dimensions of all heads:
+        change: [H, d, d] maps of z, whose inverses map the columns of proj.
+        kept: list of K widths.
+        output_gram: [H d, H d], W_o^T G W_o. moment_z: [H d, H d], the joint second moment of all heads' z.
+    Returns [K].
+    """
+    back, (heads, width, _) = torch.linalg.inv(change), change.shape
+    gram = output_gram.view(heads, width, heads, width)
+    moment = moment_z.view(heads, width, heads, width)
+    errors = []
+    for k in kept:
+        lost = back[..., k:] @ change[:, k:]
+        carried = torch.einsum("hia,higj,gjb->hagb", lost, gram, lost)
+        errors.append((carried * moment).sum())
+    return torch.stack(errors)
+
+
+def joint_basis(to, back, proj, output_gram, moment_z):
+    """Refine the maps of ``output_basis`` so that what the heads drop cancels where it can (docs/stage1.md, 2).
+
+    Heads share directions of the output, which ``output_basis`` does not see: it treats each head alone. L-BFGS on the
+    error of all heads together at 1/16, 1/8, 1/4 and 1/2 of the width, each weighted by its own start to the power
+    -JOINT_BALANCE: 0 would serve the smallest width alone, 1 all alike.
+
+    Args: to, back: [H, d, d]; proj: [H, D, d]; output_gram: [D, D]; moment_z: [H d, H d], of z of all heads.
+    Returns (to, back), again inverse to each other.
+    """
+    width = to.shape[-1]
+    kept = sorted({width >> shift for shift in (1, 2, 3, 4)} - {0})
+    carried = rearrange(proj @ back, "h c d -> c (h d)")
+    gram = carried.mT @ output_gram @ carried
+    maps = torch.block_diag(*to)
+    moment = maps @ moment_z @ maps.mT
+    identity = torch.eye(width).to(to)
+    change = torch.zeros_like(to).requires_grad_()
+    start = prefix_errors(identity + change.detach(), kept, gram, moment)
+    if not kept or not (start > 0).all():
+        return to, back
+    weight = start.pow(-JOINT_BALANCE)
+    weight = weight / (weight * start).sum()
+    optimiser = torch.optim.LBFGS([change], max_iter=JOINT_STEPS, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        value = (weight * prefix_errors(identity + change, kept, gram, moment)).sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    change = identity + change.detach()
+    if not (weight * prefix_errors(change, kept, gram, moment)).sum() < 1:
+        return to, back
+    return change @ to, back @ torch.linalg.inv(change)
 
 
 def output_errors(variance_z, proj, gram):
@@ -203,10 +265,13 @@ def _rewrite_balanced(weights, sums):
     covariance_z = sums.grad_z.about(mean_z) if weights.can_fold else sums.grad_z.second_moment
     gram = sums.mean_gram("attn")
     to, back = output_basis(covariance_z, gram, weights.proj)
+    lost_mean = mean_z if weights.can_fold else torch.zeros_like(mean_z)
+    joint = sums.joint_z.about(lost_mean.view(1, -1))[0]
+    to, back = joint_basis(to, back, weights.proj, gram, joint)
     weights.map("v", to)
     weights.proj = weights.proj @ back
-    # z has unit covariance in these coordinates.
-    errors = output_errors(torch.ones_like(mean_z), weights.proj, gram)
+    variance_z = (to @ covariance_z @ to.mT).diagonal(dim1=-2, dim2=-1)
+    errors = output_errors(variance_z, weights.proj, gram)
     scale = equalising_scale(weights.rows("v"), weights.proj.mT)
     weights.scale("v", scale)
     weights.proj = weights.proj / scale.unsqueeze(1)
