@@ -21,7 +21,7 @@ TOKENS_AT_ONCE = 256
 class SymmetricSum:
     """Running sum of x x^T over tokens, G groups of d x d, float64. Only blocks up to the diagonal are held."""
 
-    SIZE = 64
+    SIZE = 32
 
     def __init__(self, groups, width, device):
         self.rows = [

@@ -4,6 +4,8 @@ Solvers are pure functions on float64 tensors, batched over heads; ``reparameter
 Every rewrite preserves the network's function at full width.
 """
 
+import itertools
+
 import torch
 from einops import rearrange
 
@@ -12,8 +14,8 @@ from models.compensation import greedy_order, remember
 # Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
 EIGENVALUE_FLOOR = 1e-9
 # How the joint refinement of the V/O bases weighs narrow against wide prefixes, and its L-BFGS steps per block.
-JOINT_BALANCE = 0.7
-JOINT_STEPS = 80
+JOINT_BALANCE = 0.5
+JOINT_STEPS = 60
 
 
 # ------------------------------------------------------------------------------------------ solvers
@@ -112,7 +114,19 @@ def joint_basis(to, back, proj, output_gram, moment_z):
     change = identity + change.detach()
     if not (weight * prefix_errors(change, kept, gram, moment)).sum() < 1:
         return to, back
-    return change @ to, back @ torch.linalg.inv(change)
+    return _sort_between(kept, change @ to, back @ torch.linalg.inv(change), proj, output_gram, moment_z)
+
+
+def _sort_between(bounds, to, back, proj, output_gram, moment_z):
+    """Sort the dimensions between one bound and the next as ``output_basis`` does; prefixes up to a bound stay."""
+    heads, width, _ = to.shape
+    own = torch.einsum("hihj->hij", moment_z.view(heads, width, heads, width))
+    to, back = to.clone(), back.clone()
+    for start, end in itertools.pairwise((0, *bounds, width)):
+        rows, columns = to[:, start:end], back[..., start:end]
+        sort, unsort = output_basis(rows @ own @ rows.mT, output_gram, proj @ columns)
+        to[:, start:end], back[..., start:end] = sort @ rows, columns @ unsort
+    return to, back
 
 
 def output_errors(variance_z, proj, gram):
