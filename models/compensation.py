@@ -70,7 +70,7 @@ def remember_as_is(model, statistics):
         mean, proj = sums.hidden.weighted_mean, block.attn.proj
         attn_mean = proj.weight.detach().double() @ sums.grad_z.mean.flatten()
         attn_mean = attn_mean if proj.bias is None else attn_mean + proj.bias.detach().double()
-        gram, no_errors = sums.mlp_gram / sums.hidden.count, torch.zeros(block.attn_width)
+        gram, no_errors = sums.mean_gram("mlp"), torch.zeros(block.attn_width)
         memory.append(remember(block, mean[0], sums.hidden.about(mean)[0], gram, attn_mean, no_errors))
     return memory
 

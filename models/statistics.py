@@ -1,17 +1,54 @@
 """One streaming pass over the proxy set: weighted moments and Taylor sums of every block, summed over ranks.
 
-Nothing is kept per token: each batch is reduced to sums in float64 as its gradients arrive, and then forgotten.
+Nothing is kept per token: each batch is reduced to sums in float64 as its gradients arrive, and then forgotten. It is
+cast to float64 a few images at a time, so that what is needed beyond the network and the sums does not grow with it.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import utils
 from utils import InputError
+
+# Tokens that are in float64 at a time, or one image if that has more.
+TOKENS_AT_ONCE = 256
+
+
+class SymmetricSum:
+    """Running sum of x x^T over tokens, G groups of d x d, float64. Only blocks up to the diagonal are held."""
+
+    SIZE = 32
+
+    def __init__(self, groups, width, device):
+        self.rows = [
+            torch.zeros(
+                groups, min(self.SIZE, width - i), min(i + self.SIZE, width), dtype=torch.float64, device=device
+            )
+            for i in range(0, width, self.SIZE)
+        ]
+        self.shape = (groups, width, width)
+
+    def add(self, x):
+        """x: [G, n, d], float64."""
+        for i, row in enumerate(self.rows):
+            start, end = i * self.SIZE, i * self.SIZE + row.shape[1]
+            row.baddbmm_(x[..., start:end].mT, x[..., :end])
+
+    def dense(self):
+        """The whole sum, [G, d, d]."""
+        whole = self.rows[0].new_zeros(self.shape) if self.rows else torch.zeros(self.shape, dtype=torch.float64)
+        for i, row in enumerate(self.rows):
+            start, end = i * self.SIZE, i * self.SIZE + row.shape[1]
+            whole[:, start:end, :end] = row
+            whole[:, :start, start:end] = row[..., :start].mT
+        return whole
+
+    def all_reduce(self):
+        self.rows = [utils.all_reduce_sum(row) for row in self.rows]
 
 
 class Moments:
@@ -25,17 +62,15 @@ class Moments:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.count, self.total = zeros(), zeros(groups, width)
-        self.s0, self.s1, self.s2 = zeros(groups), zeros(groups, width), zeros(groups, width, width)
+        self.s0, self.s1, self.s2 = zeros(groups), zeros(groups, width), SymmetricSum(groups, width, device)
 
     def add(self, x, weight):
-        """x: [G, n, d]; weight: [G, n], not negative. Sums and products are float64 whatever the dtype of x."""
-        root = weight.sqrt().unsqueeze(-1)
-        rooted = (x * root).double()
+        """x: [G, n, d]; weight: [G, n], not negative; both float64."""
         self.count += x.shape[1]
-        self.total += x.sum(1, dtype=torch.float64)
-        self.s0 += weight.sum(1, dtype=torch.float64)
-        self.s1 += (rooted * root).sum(1)
-        _add_product(self.s2, rooted)
+        self.total += x.sum(1)
+        self.s0 += weight.sum(1)
+        self.s1 += (weight.unsqueeze(1) @ x).squeeze(1)
+        self.s2.add(x * weight.sqrt().unsqueeze(-1))
 
     @property
     def mean(self):
@@ -54,24 +89,15 @@ class Moments:
 
     def about(self, center):
         """sum w (x - c)(x - c)^T / sum w for c = ``center`` [G, d]: the weighted second moment about c, [G, d, d]."""
-        cross = self.s1.unsqueeze(2) * center.unsqueeze(1)
-        outer = center.unsqueeze(2) * center.unsqueeze(1)
-        centred = self.s2 - cross - cross.transpose(1, 2) + self.s0[:, None, None] * outer
-        return centred / self.s0.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None]
+        moment = self.s2.dense()
+        for first, second in ((self.s1, center), (center, self.s1), (-self.s0[:, None] * center, center)):
+            moment.baddbmm_(first.unsqueeze(2), second.unsqueeze(1), alpha=-1)
+        return moment.div_(self.s0.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None])
 
     def all_reduce(self):
-        for name, value in vars(self).items():
-            setattr(self, name, utils.all_reduce_sum(value))
-
-
-def _add_product(total, x):
-    """total [G, d, d] += x^T x for x [G, n, d]; it is symmetric, so blocks above the diagonal are copied."""
-    size = 256
-    for i in range(0, x.shape[-1], size):
-        rows, before = x[..., i : i + size], x[..., : i + size]
-        block = rows.mT @ before
-        total[:, i : i + size, : i + size] += block
-        total[:, :i, i : i + size] += block[..., :i].mT
+        for name in ("count", "total", "s0", "s1"):
+            setattr(self, name, utils.all_reduce_sum(getattr(self, name)))
+        self.s2.all_reduce()
 
 
 @dataclass
@@ -93,8 +119,9 @@ class BlockStatistics:
     grad_q: Moments | None = None
     grad_k: Moments | None = None
     grad_z: Moments | None = None
-    attn_gram: torch.Tensor | None = None  # [D, D] sum of go go^T, go the gradient at the output of proj
-    mlp_gram: torch.Tensor | None = None  # [D, D] the same at the output of fc2
+    joint_z: Moments | None = None  # one group of H d: z of all heads, tokens weighted by |go|, go as below
+    attn_gram: SymmetricSum | None = None  # [D, D] sum of go go^T, go the gradient at the output of proj
+    mlp_gram: SymmetricSum | None = None  # [D, D] the same at the output of fc2
     hidden: Moments | None = None  # one group of M: the hidden vector a, tokens weighted by |dC/da|^2
 
     @classmethod
@@ -110,86 +137,120 @@ class BlockStatistics:
             for field in fields(cls):
                 if field.name.startswith(("theta_", "grad_")):
                     setattr(sums, field.name, Moments(heads, width, device))
-            sums.attn_gram = zeros(dim, dim)
+            sums.joint_z, sums.attn_gram = Moments(1, heads * width, device), SymmetricSum(1, dim, device)
         if hidden:
-            sums.hidden, sums.mlp_gram = Moments(1, units, device), zeros(dim, dim)
+            sums.hidden, sums.mlp_gram = Moments(1, units, device), SymmetricSum(1, dim, device)
         return sums
+
+    def mean_gram(self, branch):
+        """E[g g^T] for g the gradient at the output of ``branch``, 'attn' or 'mlp'; [D, D]."""
+        total, seen = {"attn": (self.attn_gram, self.grad_z), "mlp": (self.mlp_gram, self.hidden)}[branch]
+        return total.dense()[0] / seen.count
 
     def all_reduce(self):
         """Sum over ranks, in place."""
         for name, value in vars(self).items():
-            if isinstance(value, Moments):
+            if isinstance(value, (Moments, SymmetricSum)):
                 value.all_reduce()
             elif value is not None:
                 setattr(self, name, utils.all_reduce_sum(value))
 
 
 class _BlockTap:
-    """Hooks on the linear layers of one block that add each batch to its BlockStatistics during the backward pass."""
+    """Hooks on the layers of one block that add each batch to its BlockStatistics during the backward pass.
+
+    What they keep until then, and let go at once, is what autograd keeps too: q, k, v, the attention output and the
+    input of the activation function, from which the hidden vector is computed again.
+    """
 
     def __init__(self, block, device, moments, hidden):
         self.block, self.moments, self.hidden = block, moments, hidden
         self.sums = BlockStatistics.zeros(block, device, moments, hidden)
-        self.handles = []
+        self.handles, self.kept = [], {}
         if block.attn_width:
             self.handles.append(block.attn.qkv.register_forward_hook(self._on_qkv))
             if moments:
                 self.handles.append(block.attn.proj.register_forward_hook(self._on_proj))
         if block.mlp_width:
-            self.handles.append(block.mlp.fc2.register_forward_hook(self._on_fc2))
+            self.handles.append(block.mlp.act.register_forward_hook(self._on_act))
+            if hidden:
+                self.handles.append(block.mlp.fc2.register_forward_hook(self._on_fc2))
 
     def remove(self):
         for handle in self.handles:
             handle.remove()
 
+    def _on_qkv(self, _module, _inputs, output):
+        self.kept["qkv"] = output.detach()
+        output.register_hook(lambda gradient: self._add_qkv(self.kept.pop("qkv"), gradient))
+
+    def _on_proj(self, _module, inputs, output):
+        self.kept["z"] = inputs[0].detach()
+        inputs[0].register_hook(lambda gradient: self._add_z(self.kept.pop("z"), gradient))
+        output.register_hook(self._add_output)
+
+    def _on_act(self, _module, inputs, output):
+        self.kept["act"] = inputs[0].detach()
+        output.register_hook(lambda gradient: self._add_hidden(self.kept.pop("act"), gradient))
+
+    def _on_fc2(self, _module, _inputs, output):
+        output.register_hook(lambda gradient: _add_gram(self.sums.mlp_gram, gradient))
+
     def _heads(self, tensor):
         return rearrange(tensor.double(), "b t (h d) -> h (b t) d", h=self.block.num_heads)
 
-    def _on_qkv(self, _module, _inputs, output):
-        kept = output.detach()
-        output.register_hook(lambda gradient: self._add_qkv(kept, gradient))
-
     def _add_qkv(self, qkv, gradient):
-        for index, (f, g) in enumerate(zip(qkv.chunk(3, dim=-1), gradient.chunk(3, dim=-1), strict=True)):
-            name, f, g = "qkv"[index], self._heads(f), self._heads(g)
-            taylor = (f * g).abs()
-            self.sums.taylor_attn[index] += taylor.sum(1)
-            self.sums.hessian_attn[index] += taylor.square().sum(1)
-            if self.moments:
-                getattr(self.sums, f"theta_{name}").add(f, taylor.mean(-1))
-                if name == "q":
-                    self.sums.grad_q.add(f, g.square().sum(-1))
-                if name == "k":
-                    # The softmax ignores what is common to all keys of an image: only what differs counts.
-                    tokens = f.unflatten(1, qkv.shape[:2])
-                    self.sums.grad_k.add((tokens - tokens.mean(2, keepdim=True)).flatten(1, 2), g.square().sum(-1))
+        for features, gradients in _parts(qkv, gradient):
+            pairs = zip("qkv", features.chunk(3, dim=-1), gradients.chunk(3, dim=-1), strict=True)
+            for index, (name, f, g) in enumerate(pairs):
+                self._add_feature(index, name, self._heads(f), self._heads(g), len(features))
 
-    def _on_proj(self, _module, inputs, output):
-        kept = inputs[0].detach()
-        inputs[0].register_hook(
-            lambda gradient: self.sums.grad_z.add(self._heads(kept), self._heads(gradient).square().sum(-1))
-        )
-        output.register_hook(lambda gradient: _add_gram(self.sums.attn_gram, gradient))
+    def _add_feature(self, index, name, f, g, images):
+        """q, k or v of a few images and its gradient, [H, n, d] each, n the tokens of all images."""
+        taylor = (f * g).abs()
+        self.sums.taylor_attn[index] += taylor.sum(1)
+        self.sums.hessian_attn[index] += taylor.square().sum(1)
+        if self.moments:
+            getattr(self.sums, f"theta_{name}").add(f, taylor.mean(-1))
+            if name == "q":
+                self.sums.grad_q.add(f, g.square().sum(-1))
+            if name == "k":
+                # The softmax ignores what is common to all keys of an image: only what differs counts.
+                tokens = f.unflatten(1, (images, -1))
+                self.sums.grad_k.add((tokens - tokens.mean(2, keepdim=True)).flatten(1, 2), g.square().sum(-1))
 
-    def _on_fc2(self, _module, inputs, output):
-        kept = inputs[0].detach()
-        inputs[0].register_hook(lambda gradient: self._add_hidden(kept, gradient))
-        if self.hidden:
-            output.register_hook(lambda gradient: _add_gram(self.sums.mlp_gram, gradient))
+    def _add_output(self, gradient):
+        # proj's output has its gradient before its input: z is still there.
+        _add_gram(self.sums.attn_gram, gradient)
+        for f, g in _parts(self.kept["z"], gradient):
+            flat = rearrange(f.double(), "b t c -> 1 (b t) c")
+            self.sums.joint_z.add(flat, rearrange(g.double().norm(dim=-1), "b t -> 1 (b t)"))
 
-    def _add_hidden(self, a, gradient):
-        a, gradient = rearrange(a.float(), "b t m -> (b t) m"), rearrange(gradient.float(), "b t m -> (b t) m")
-        taylor = (a * gradient).abs()
-        self.sums.taylor_mlp += reduce(taylor, "n m -> m", "sum")
-        self.sums.hessian_mlp += reduce(taylor.square(), "n m -> m", "sum")
-        if self.hidden:
-            self.sums.hidden.add(a.unsqueeze(0), gradient.square().sum(-1).unsqueeze(0))
+    def _add_z(self, z, gradient):
+        for f, g in _parts(z, gradient):
+            self.sums.grad_z.add(self._heads(f), self._heads(g).square().sum(-1))
+
+    def _add_hidden(self, before, gradient):
+        for x, g in _parts(before, gradient):
+            # Not act(x): that would call the hook which led here.
+            a, g = (rearrange(t.float(), "b t m -> (b t) m") for t in (self.block.mlp.act.forward(x), g))
+            taylor = (a * g).abs()
+            self.sums.taylor_mlp += taylor.sum(0, dtype=torch.float64)
+            self.sums.hessian_mlp += taylor.square().sum(0, dtype=torch.float64)
+            if self.hidden:
+                self.sums.hidden.add(a.double().unsqueeze(0), g.double().square().sum(-1).unsqueeze(0))
+
+
+def _parts(*tensors):
+    """Tensors [B, T, n] a few images at a time, so that what is computed from them in float64 stays small."""
+    images = max(TOKENS_AT_ONCE // tensors[0].shape[1], 1)
+    return zip(*(tensor.split(images) for tensor in tensors), strict=True)
 
 
 def _add_gram(total, gradient):
-    """total [D, D] += sum of g g^T over the tokens of ``gradient`` [B, T, D]."""
-    flat = rearrange(gradient.double(), "b t d -> (b t) d")
-    total += flat.T @ flat
+    """``total`` += g g^T for every token of ``gradient`` [B, T, D]."""
+    for (part,) in _parts(gradient):
+        total.add(rearrange(part.double(), "b t d -> 1 (b t) d"))
 
 
 def collect_statistics(model, batches, objective, device, moments=True, hidden=False, amp="none"):

@@ -4,6 +4,8 @@ Solvers are pure functions on float64 tensors, batched over heads; ``reparameter
 Every rewrite preserves the network's function at full width.
 """
 
+import itertools
+
 import torch
 from einops import rearrange
 
@@ -11,6 +13,9 @@ from models.compensation import greedy_order, remember
 
 # Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
 EIGENVALUE_FLOOR = 1e-9
+# How the joint refinement of the V/O bases weighs narrow against wide prefixes, and its L-BFGS steps per block.
+JOINT_BALANCE = 0.5
+JOINT_STEPS = 60
 
 
 # ------------------------------------------------------------------------------------------ solvers
@@ -51,6 +56,77 @@ def output_basis(covariance_z, output_gram, proj):
     # Right singular vectors of G^(1/2) W_o Sigma_z^(1/2), from its d x d Gram matrix: no root of G is needed.
     v = pca_basis(root @ (proj.mT @ output_gram @ proj) @ root)
     return v.mT @ inverse_root, root @ v
+
+
+def prefix_errors(change, kept, output_gram, moment_z):
+    """Expected squared error at proj's output, all heads together, of keeping the first ``kept`` dimensions of each.
+
+    Args, in coordinates where nothing is changed yet, (h d) for the dimensions of all heads:
+        change: [H, d, d] maps of z, whose inverses map the columns of proj.
+        kept: list of K widths.
+        output_gram: [H d, H d], W_o^T G W_o. moment_z: [H d, H d], the joint second moment of all heads' z.
+    Returns [K].
+    """
+    back, (heads, width, _) = torch.linalg.inv(change), change.shape
+    gram = output_gram.view(heads, width, heads, width)
+    moment = moment_z.view(heads, width, heads, width)
+    errors = []
+    for k in kept:
+        lost = back[..., k:] @ change[:, k:]
+        carried = torch.einsum("hia,higj,gjb->hagb", lost, gram, lost)
+        errors.append((carried * moment).sum())
+    return torch.stack(errors)
+
+
+def joint_basis(to, back, proj, output_gram, moment_z):
+    """Refine the maps of ``output_basis`` so that what the heads drop cancels where it can (docs/stage1.md, 2).
+
+    Heads share directions of the output, which ``output_basis`` does not see: it treats each head alone. L-BFGS on the
+    error of all heads together at 1/16, 1/8, 1/4 and 1/2 of the width, each weighted by its own start to the power
+    -JOINT_BALANCE: 0 would serve the smallest width alone, 1 all alike.
+
+    Args: to, back: [H, d, d]; proj: [H, D, d]; output_gram: [D, D]; moment_z: [H d, H d], of z of all heads.
+    Returns (to, back), again inverse to each other.
+    """
+    width = to.shape[-1]
+    kept = sorted({width >> shift for shift in (1, 2, 3, 4)} - {0})
+    carried = rearrange(proj @ back, "h c d -> c (h d)")
+    gram = carried.mT @ output_gram @ carried
+    maps = torch.block_diag(*to)
+    moment = maps @ moment_z @ maps.mT
+    identity = torch.eye(width).to(to)
+    change = torch.zeros_like(to).requires_grad_()
+    start = prefix_errors(identity + change.detach(), kept, gram, moment)
+    if not kept or not (start > 0).all():
+        return to, back
+    weight = start.pow(-JOINT_BALANCE)
+    weight = weight / (weight * start).sum()
+    optimiser = torch.optim.LBFGS([change], max_iter=JOINT_STEPS, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        value = (weight * prefix_errors(identity + change, kept, gram, moment)).sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    change = identity + change.detach()
+    if not (weight * prefix_errors(change, kept, gram, moment)).sum() < 1:
+        return to, back
+    return _sort_between(kept, change @ to, back @ torch.linalg.inv(change), proj, output_gram, moment_z)
+
+
+def _sort_between(bounds, to, back, proj, output_gram, moment_z):
+    """Sort the dimensions between one bound and the next as ``output_basis`` does; prefixes up to a bound stay."""
+    heads, width, _ = to.shape
+    own = torch.einsum("hihj->hij", moment_z.view(heads, width, heads, width))
+    to, back = to.clone(), back.clone()
+    for start, end in itertools.pairwise((0, *bounds, width)):
+        rows, columns = to[:, start:end], back[..., start:end]
+        sort, unsort = output_basis(rows @ own @ rows.mT, output_gram, proj @ columns)
+        to[:, start:end], back[..., start:end] = sort @ rows, columns @ unsort
+    return to, back
 
 
 def output_errors(variance_z, proj, gram):
@@ -118,7 +194,7 @@ def hidden_order(mlp, sums, kind):
     if kind == "greedy":
         mean = sums.hidden.weighted_mean
         weight = mlp.fc2.weight.detach().double()
-        return greedy_order(sums.hidden.about(mean)[0], weight, sums.mlp_gram / sums.hidden.count, sums.taylor_mlp)
+        return greedy_order(sums.hidden.about(mean)[0], weight, sums.mean_gram("mlp"), sums.taylor_mlp)
     importance = {"taylor": sums.taylor_mlp, "hessian": sums.hessian_mlp}[kind]
     return importance.argsort(descending=True, stable=True)
 
@@ -126,8 +202,7 @@ def hidden_order(mlp, sums, kind):
 def _remember(block, sums, order, attn_mean, attn_error):
     mean = sums.hidden.weighted_mean
     covariance = sums.hidden.about(mean)[0][order][:, order]
-    gram = sums.mlp_gram / sums.hidden.count
-    return remember(block, mean[0][order], covariance, gram, attn_mean, attn_error)
+    return remember(block, mean[0][order], covariance, sums.mean_gram("mlp"), attn_mean, attn_error)
 
 
 class HeadWeights:
@@ -188,7 +263,7 @@ def _rewrite_pca(weights, sums):
     weights.map("q", basis_qk.mT)
     weights.map("k", basis_qk.mT)
     variance_z = (basis_v.mT @ sums.grad_z.about(sums.grad_z.mean) @ basis_v).diagonal(dim1=-2, dim2=-1)
-    return output_errors(variance_z, weights.proj, sums.attn_gram / sums.grad_z.count)
+    return output_errors(variance_z, weights.proj, sums.mean_gram("attn"))
 
 
 def _rewrite_balanced(weights, sums):
@@ -202,12 +277,15 @@ def _rewrite_balanced(weights, sums):
         weights.k_bias = weights.k_bias - mean_k
     # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
     covariance_z = sums.grad_z.about(mean_z) if weights.can_fold else sums.grad_z.second_moment
-    gram = sums.attn_gram / sums.grad_z.count
+    gram = sums.mean_gram("attn")
     to, back = output_basis(covariance_z, gram, weights.proj)
+    lost_mean = mean_z if weights.can_fold else torch.zeros_like(mean_z)
+    joint = sums.joint_z.about(lost_mean.view(1, -1))[0]
+    to, back = joint_basis(to, back, weights.proj, gram, joint)
     weights.map("v", to)
     weights.proj = weights.proj @ back
-    # z has unit covariance in these coordinates.
-    errors = output_errors(torch.ones_like(mean_z), weights.proj, gram)
+    variance_z = (to @ covariance_z @ to.mT).diagonal(dim1=-2, dim2=-1)
+    errors = output_errors(variance_z, weights.proj, gram)
     scale = equalising_scale(weights.rows("v"), weights.proj.mT)
     weights.scale("v", scale)
     weights.proj = weights.proj / scale.unsqueeze(1)

@@ -5,11 +5,20 @@ import copy
 import pytest
 import torch
 from conftest import proxy_batches, random_images, tiny_supernet
+from einops import rearrange
 
 from models.statistics import OBJECTIVES, Moments, collect_statistics
 from models.vit import set_widths
 from models.width_table import Widths
-from models.wpac import output_basis, pca_basis, query_key_basis, reparameterise, symmetric_power
+from models.wpac import (
+    joint_basis,
+    output_basis,
+    pca_basis,
+    prefix_errors,
+    query_key_basis,
+    reparameterise,
+    symmetric_power,
+)
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -109,6 +118,34 @@ def test_output_basis_is_exact_and_optimal():
         assert torch.allclose(error, values[:, kept:].square().sum(-1), rtol=1e-6)
 
 
+def test_joint_basis_lowers_the_error_that_is_measured_on_samples():
+    """prefix_errors equals the error on the samples behind its moments; joint_basis lowers it for every width."""
+    heads, width, generator = 3, 8, torch.Generator().manual_seed(6)
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    # Heads that share what they see and where they write: their dropped parts can cancel.
+    z = (normal(200, 10) @ normal(10, heads * width)) / 3 + 0.3 * normal(200, heads * width)
+    proj, gram = normal(heads, 12, width), random_covariance(1, 12, 7)[0]
+    moment = z.mT @ z / len(z)
+    own = torch.stack([moment[i : i + width, i : i + width] for i in range(0, heads * width, width)])
+
+    def errors(to, back, kept):
+        lost = torch.eye(width, dtype=z.dtype) - back[..., :kept] @ to[:, :kept]
+        out = torch.einsum("hcd,hde,nhe->nc", proj, lost, z.view(-1, heads, width))
+        return ((out @ gram) * out).sum(1).mean()
+
+    start = output_basis(own, gram, proj)
+    to, back = joint_basis(*start, proj, gram, moment)
+    assert torch.allclose(to @ back, torch.eye(width, dtype=z.dtype).expand(heads, -1, -1), atol=1e-9)
+    columns = rearrange(proj, "h c d -> c (h d)")
+    predicted = prefix_errors(to, [1, 2, 4], columns.mT @ gram @ columns, moment)
+    for kept, value in zip((1, 2, 4), predicted, strict=True):
+        assert torch.allclose(errors(to, back, kept), value, rtol=1e-8)
+        assert value < errors(*start, kept)
+
+
 def test_weighted_moments_equal_the_direct_computation():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 50, 4, dtype=torch.float64, generator=generator) + 3
@@ -138,13 +175,15 @@ def test_taylor_sums_equal_autograd_on_retained_activations():
 def test_statistics_do_not_depend_on_the_batch_size():
     model = tiny_supernet().double()
     one, other = (
-        collect_statistics(model, proxy_batches(24, batch, dtype=torch.float64), OBJECTIVES["label"], CPU)
+        collect_statistics(model, proxy_batches(24, batch, dtype=torch.float64), OBJECTIVES["label"], CPU, hidden=True)
         for batch in (3, 24)
     )
     for a, b in zip(one, other, strict=True):
-        assert torch.allclose(a.grad_z.s2, b.grad_z.s2, rtol=1e-9)
-        assert torch.allclose(a.theta_v.s2, b.theta_v.s2, rtol=1e-9)
-        assert torch.allclose(a.attn_gram, b.attn_gram, rtol=1e-9)
+        for moments in ("grad_z", "theta_v", "grad_k", "joint_z", "hidden"):
+            expected = getattr(a, moments).second_moment
+            assert torch.allclose(getattr(b, moments).second_moment, expected, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(a.mean_gram("attn"), b.mean_gram("attn"), rtol=1e-9)
+        assert torch.allclose(a.mean_gram("mlp"), b.mean_gram("mlp"), rtol=1e-9)
 
 
 def test_statistics_of_a_sliced_network_and_flags_left_as_they_were():
