@@ -86,7 +86,8 @@ def add_budget_options(parser, several):
     group = parser.add_argument_group("super-network and budget: the largest sub-network within it is taken")
     group.add_argument(
         "--checkpoint", default=None,
-        help="super-network folder (checkpoint_N.pth and mask_table.json) or file; output/peelable/<model>",
+        help="super-network folder (checkpoint_N.pth and mask_table.json) or file, or a sub-network; "
+        "output/peelable/<model>",
     )  # fmt: skip
     group.add_argument("--mask_table", default=None, help="width table; mask_table.json beside the checkpoint")
     group.add_argument("--use_ema", action="store_true", help="the averaged weights instead of the last ones")
@@ -105,3 +106,15 @@ def add_budget_options(parser, several):
     group.add_argument("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
     group.add_argument("--macs_ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")
     group.add_argument("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")
+    group.add_argument(
+        "--latency_ms", type=quantity, nargs=nargs, help="milliseconds per batch, measured on this device"
+    )
+    group.add_argument(
+        "--latency_device", default=None,
+        help="where latency counts: cpu, cuda, or a latency_*.json that --benchmark wrote elsewhere; that of --device",
+    )  # fmt: skip
+    group.add_argument("--latency_batch_size", type=positive_int, default=1, help="images per batch for latencies")
+    group.add_argument(
+        "--finer", action="store_true",
+        help="use what a budget leaves for widths between two steps of the table, which were not trained as such",
+    )  # fmt: skip
