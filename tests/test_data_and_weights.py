@@ -111,7 +111,9 @@ def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
     assert images.shape == (3, 3, 16, 16) and labels.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["IMNET", "CIFAR10", "CIFAR", "FLOWERS", "FOOD", "FASHION_MNIST", "nonsense"])
+@pytest.mark.parametrize(
+    "name", ["IMNET", "CIFAR10", "CIFAR", "FLOWERS", "FOOD", "FASHION_MNIST", "CARS", "CUB", "INAT", "nonsense"]
+)
 def test_a_missing_data_set_is_named_with_its_path(name, shared_args, tmp_path):
     with pytest.raises(InputError) as error:
         datasets.load_images(named(shared_args, name, tmp_path / "nowhere"), train=True)
