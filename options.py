@@ -16,8 +16,8 @@ def stage_parser(description):
     group.add_argument("--data_path", default="data", help="folder of the data set")
     group.add_argument(
         "--data_set", default="IMNET",
-        help="IMNET, CIFAR10, CIFAR (100), FLOWERS, FOOD, CARS, CUB, INAT (2018), INAT19, DIGITS, FASHION_MNIST, or a name "
-        "for timm's create_dataset",
+        help="IMNET, CIFAR10, CIFAR (100), FLOWERS, FOOD, CARS, CUB, INAT (2018), INAT19, DIGITS, FASHION_MNIST, or a "
+        "name for timm's create_dataset",
     )  # fmt: skip
     group.add_argument("--batch_size", type=positive_int, default=64, help="images per rank and step")
     group.add_argument("--eval_crop_ratio", type=fraction, default=0.875, help="centre crop / resized image")
