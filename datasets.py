@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -98,6 +99,53 @@ def _from_torchvision(cls, classes, folder, split_of):
     return load
 
 
+def _cub(root, train):
+    """CUB-200-2011 as it is unpacked: class folders below images/, its own split in train_test_split.txt."""
+    folder = Path(root) / "CUB_200_2011"
+    try:
+        names, splits = (
+            dict(line.split() for line in (folder / file).read_text().splitlines())
+            for file in ("images.txt", "train_test_split.txt")
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{root}: no CUB-200-2011; expected {folder}/images.txt and beside it ({error})") from None
+    wanted = {str(folder / "images" / name) for key, name in names.items() if (splits.get(key) == "1") == train}
+    return _torchvision(
+        lambda: tv.ImageFolder(folder / "images", is_valid_file=wanted.__contains__),
+        f"{folder}/images: not all class folders have images that train_test_split.txt names",
+    )
+
+
+class _INaturalist(Dataset):
+    """One split of iNaturalist from its annotations, as in DeiT: (RGB PIL image, category)."""
+
+    def __init__(self, root, train, year):
+        content = json.loads((Path(root) / f"{'train' if train else 'val'}{year}.json").read_text())
+        files = {image["id"]: Path(root) / image["file_name"] for image in content["images"]}
+        self.num_classes = len(content["categories"])
+        self.items = [(files[each["image_id"]], each["category_id"]) for each in content["annotations"]]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        path, label = self.items[index]
+        return Image.open(path).convert("RGB"), label
+
+
+def _inaturalist(year):
+    def load(root, train):
+        try:
+            return _INaturalist(root, train, year)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{root}: no iNaturalist {year}; expected train{year}.json and val{year}.json, which name the images "
+                f"({type(error).__name__}: {error})"
+            ) from None
+
+    return load
+
+
 DATA_SETS = {
     "IMNET": _imagenet,
     "CIFAR10": _from_torchvision(tv.CIFAR10, 10, "cifar-10-batches-py/", lambda train: {"train": train}),
@@ -105,6 +153,12 @@ DATA_SETS = {
     "FLOWERS": _from_torchvision(
         tv.Flowers102, 102, "flowers-102/", lambda train: {"split": "train" if train else "test"}
     ),
+    "CARS": _from_torchvision(
+        tv.StanfordCars, 196, "stanford_cars/", lambda train: {"split": "train" if train else "test"}
+    ),
+    "CUB": _cub,
+    "INAT": _inaturalist(2018),
+    "INAT19": _inaturalist(2019),
     "FOOD": _from_torchvision(tv.Food101, 101, "food-101/", lambda train: {"split": "train" if train else "test"}),
     "DIGITS": _digits,
     "FASHION_MNIST": _fashion_mnist,

@@ -7,9 +7,8 @@ import datasets
 import utils
 from checkpoints import Run, to_resume, trim_log
 from engine import evaluate, fit, make_criterion
-from main_test import budgets, cut
-from models import peel, store
-from models.vit import read_checkpoint
+from main_test import budgets, cut, load_alone
+from models import latency, peel, store
 from options import add_budget_options, add_training_options, stage_parser
 from utils import InputError, human, say
 
@@ -25,18 +24,18 @@ def get_args():
 def peel_one(path, content, args, device):
     """The network that the budget asks for, its spec and widths; one that is peeled already is taken as it is."""
     if "peeled" in content:
-        return peel.load_peeled(content, path, drop_path_rate=args.drop_path)
+        return load_alone(path, content, args, drop_path_rate=args.drop_path)
     asked = budgets(args)
     if len(asked) != 1:
-        raise InputError("give exactly one budget: --op_code, --macs, --macs_ratio or --params")
+        raise InputError("give exactly one budget: --op_code, --macs, --macs_ratio, --params or --latency_ms")
     net = store.load_supernet(path, content, **store.loading_options(args), drop_path_rate=args.drop_path)
-    step = asked[0].step(net.table, net.shapes)
-    widths = net.table.steps[step]
+    (choice,) = latency.choose(net, asked, args, device)
+    measured = f", {choice.latency_ms:.2f} ms" if choice.latency_ms else ""
     say(
-        f"asked {asked[0]}: step {step} of {net.table.last}, {human(net.shapes.macs(widths))} MACs, "
-        f"{human(net.shapes.parameters(widths))} parameters"
+        f"asked {asked[0]}: step {choice} of {net.table.last}, {human(net.shapes.macs(choice.widths))} MACs, "
+        f"{human(net.shapes.parameters(choice.widths))} parameters{measured}"
     )
-    return cut(net, step, args, device), net.spec, widths
+    return cut(net, choice.widths, args, device), net.spec, choice.widths
 
 
 def fit_classifier(network, spec, images):
@@ -52,7 +51,7 @@ def main(args):
     device = utils.start_up(args)
     args.amp = utils.resolve_amp(args.amp, device)
     path = store.resolve(args)
-    network, spec, widths = peel_one(path, read_checkpoint(path), args, device)
+    network, spec, widths = peel_one(path, store.read(path), args, device)
     images = datasets.load_images(args, train=True)
     spec = fit_classifier(network, spec, images)
     network.to(device)

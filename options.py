@@ -16,7 +16,8 @@ def stage_parser(description):
     group.add_argument("--data_path", default="data", help="folder of the data set")
     group.add_argument(
         "--data_set", default="IMNET",
-        help="IMNET, CIFAR10, CIFAR (100), FLOWERS, FOOD, DIGITS, FASHION_MNIST, or a name for timm's create_dataset",
+        help="IMNET, CIFAR10, CIFAR (100), FLOWERS, FOOD, CARS, CUB, INAT (2018), INAT19, DIGITS, FASHION_MNIST, or a "
+        "name for timm's create_dataset",
     )  # fmt: skip
     group.add_argument("--batch_size", type=positive_int, default=64, help="images per rank and step")
     group.add_argument("--eval_crop_ratio", type=fraction, default=0.875, help="centre crop / resized image")
@@ -141,7 +142,8 @@ def add_budget_options(parser, several):
     group = parser.add_argument_group("super-network and budget: the largest sub-network within it is taken")
     group.add_argument(
         "--checkpoint", default=None,
-        help="super-network folder (checkpoint_N.pth and mask_table.json) or file; output/peelable/<model>",
+        help="super-network folder (checkpoint_N.pth and mask_table.json) or file, or a sub-network; "
+        "output/peelable/<model>",
     )  # fmt: skip
     group.add_argument("--mask_table", default=None, help="width table; mask_table.json beside the checkpoint")
     group.add_argument("--use_ema", action="store_true", help="the averaged weights instead of the last ones")
@@ -160,3 +162,15 @@ def add_budget_options(parser, several):
     group.add_argument("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
     group.add_argument("--macs_ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")
     group.add_argument("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")
+    group.add_argument(
+        "--latency_ms", type=quantity, nargs=nargs, help="milliseconds per batch, measured on this device"
+    )
+    group.add_argument(
+        "--latency_device", default=None,
+        help="where latency counts: cpu, cuda, or a latency_*.json that --benchmark wrote elsewhere; that of --device",
+    )  # fmt: skip
+    group.add_argument("--latency_batch_size", type=positive_int, default=1, help="images per batch for latencies")
+    group.add_argument(
+        "--finer", action="store_true",
+        help="use what a budget leaves for widths between two steps of the table, which were not trained as such",
+    )  # fmt: skip

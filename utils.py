@@ -96,6 +96,14 @@ def human(value):
     return f"{value:.0f}"
 
 
+def say_table(lines):
+    """Print rows of words in columns, the first one to the left and the others to the right."""
+    lengths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for first, *others in lines:
+        words = [word.rjust(length) for word, length in zip(others, lengths[1:], strict=True)]
+        say("  ".join([first.ljust(lengths[0]), *words]))
+
+
 def run_stage(main, args):
     """Run ``main(args)``; bad input, a loss gone bad or ranks gone apart become one line and exit code 2.
 
@@ -147,15 +155,21 @@ def start_up(args):
     ``args.device`` is ``auto``, ``cpu`` or ``cuda[:i]``. Sets ``args.rank`` and ``args.world_size``.
     Returns the torch.device. Raises InputError if CUDA is asked for and absent.
     """
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device {args.device}: choose auto, cpu or cuda")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: no CUDA device is visible here; use --device cpu")
+    args.device = str(choose_device(args.device, "--device"))
     device = timm.utils.init_distributed_device(args)
     seed_all(args.seed, 0, args.rank)
     return device
+
+
+def choose_device(name, flag):
+    """The torch.device that ``flag`` names. Raises InputError if there is no such device here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"{flag} {name}: choose auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"{flag} {name}: no CUDA device is visible here; use {flag} cpu")
+    return torch.device(name)
 
 
 def is_distributed():
@@ -192,10 +206,18 @@ def all_reduce_max(tensor):
 
 def all_the_same(text):
     """Whether every rank has the same ``text``, by a digest of it. To be called by all ranks."""
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).long()
-    if is_distributed() and dist.get_backend() == "nccl":
-        digest = digest.cuda()
-    return bool((all_reduce_max(digest.clone()) == -all_reduce_max(-digest)).all())
+    digests = [hashlib.sha256(text.encode()).hexdigest()] * world_size()
+    if is_distributed():
+        dist.all_gather_object(digests, digests[0])
+    return len(set(digests)) == 1
+
+
+def from_main(compute):
+    """What ``compute()`` gives on the main rank, on every rank; only the main one computes."""
+    results = [compute() if is_main() else None]
+    if is_distributed():
+        dist.broadcast_object_list(results)
+    return results[0]
 
 
 def barrier():
@@ -297,7 +319,7 @@ def append_json_line(record, path):
             file.write(json.dumps(record) + "\n")
 
 
-def output_folder(path):
+def output_folder(path, flag="--output_dir"):
     """Make the output folder on the main rank and check that it can be written to. Raises InputError."""
     path = Path(path)
     if is_main():
@@ -309,7 +331,7 @@ def output_folder(path):
             for leftover in path.glob(".*.part"):  # of a run that was killed while writing
                 leftover.unlink()
         except OSError as error:
-            raise InputError(f"--output_dir {path}: cannot be written to ({error.strerror})") from None
+            raise InputError(f"{flag} {path}: cannot be written to ({error.strerror})") from None
     barrier()
     return path
 

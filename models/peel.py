@@ -1,15 +1,12 @@
 """Peeling: widths -> a stand-alone network of stock timm modules that knows nothing of the super-network."""
 
 import copy
-from collections import OrderedDict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
-from timm.layers import Attention, Mlp
-from timm.models.convmixer import Residual
-from timm.models.vision_transformer import Block
 from torch import nn
 
+from models.subnetwork import narrow, narrow_block
 from models.vit import ModelSpec, as_supernet, load_weights, set_widths
 from models.width_table import Widths
 from utils import InputError
@@ -32,56 +29,31 @@ def extract(supernet, widths):
 
 def _peel_block(block):
     """The stock modules of one PrefixBlock at its present widths."""
-    branches = []
+    with torch.device("meta"):
+        stock = narrow_block(block, block.attn_width, block.mlp_width)
+    branches = getattr(stock, "fn", stock)
     if block.attn_width:
-        branches.append({"norm1": block.norm1, "attn": _peel_attention(block.attn, block.attn_width)})
-        branches[-1] |= {"ls1": block.ls1, "drop_path1": block.drop_path1}
+        _copy_prefix(block.attn.qkv, branches.attn.qkv)
+        _copy_prefix(block.attn.proj, branches.attn.proj)
     if block.mlp_width:
-        branches.append({"norm2": block.norm2, "mlp": _peel_mlp(block.mlp)})
-        branches[-1] |= {"ls2": block.ls2, "drop_path2": block.drop_path2}
-    # Cut branches are fresh; what surrounds them still belongs to the super-network.
-    branches = [{k: v if k in ("attn", "mlp") else copy.deepcopy(v) for k, v in b.items()} for b in branches]
-    if len(branches) == 2:
-        with torch.device("meta"):
-            stock = Block(block.norm1.weight.numel(), block.num_heads)
-        for name, module in (branches[0] | branches[1]).items():
-            setattr(stock, name, module)
-        return stock
-    return Residual(nn.Sequential(OrderedDict(branches[0]))) if branches else nn.Identity()
-
-
-def _peel_attention(attn, width):
-    with torch.device("meta"):
-        stock = Attention(
-            attn.qkv.in_features,
-            num_heads=attn.num_heads,
-            attn_head_dim=width,
-            qkv_bias=attn.qkv.bias is not None,
-            proj_bias=attn.proj.bias is not None,
-            attn_drop=attn.attn_drop.p,
-            proj_drop=attn.proj_drop.p,
-        )
-    _copy_prefix(attn.qkv, stock.qkv)
-    _copy_prefix(attn.proj, stock.proj)
-    return stock
-
-
-def _peel_mlp(mlp):
-    with torch.device("meta"):
-        stock = Mlp(mlp.fc1.in_features, mlp.fc1.kept, bias=mlp.fc1.bias is not None)
-    stock.act, stock.drop1, stock.drop2 = (copy.deepcopy(m) for m in (mlp.act, mlp.drop1, mlp.drop2))
-    _copy_prefix(mlp.fc1, stock.fc1)
-    _copy_prefix(mlp.fc2, stock.fc2)
+        _copy_prefix(block.mlp.fc1, branches.mlp.fc1)
+        _copy_prefix(block.mlp.fc2, branches.mlp.fc2)
     return stock
 
 
 def _copy_prefix(source, target):
     weight, bias = source.prefix()
-    target.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-    target.bias = None if bias is None else nn.Parameter(bias.clone())
+    target.weight = nn.Parameter(_own(weight, source.weight))
+    target.bias = None if bias is None else nn.Parameter(_own(bias, source.bias))
 
 
-# ------------------------------------------------------------------------------------------ description and files
+def _own(tensor, original):
+    """``tensor`` contiguous in memory of its own; one that is not a view of ``original`` has been copied already."""
+    copied = tensor.untyped_storage().data_ptr() != original.untyped_storage().data_ptr()
+    return tensor if copied else tensor.clone(memory_format=torch.contiguous_format)
+
+
+# ------------------------------------------------------------------------------------------ description
 
 
 def describe(spec, widths):
@@ -89,20 +61,30 @@ def describe(spec, widths):
     return asdict(spec) | {"widths": widths.as_dict()}
 
 
-def build(description, **kwargs):
-    """The peeled network of ``describe`` without its weights. Returns (network, spec, widths)."""
+def build(description, input_size=None, **kwargs):
+    """The peeled network of ``describe`` without its weights, for images of ``input_size`` pixels if that is given.
+
+    Returns (network, spec, widths). Raises InputError if it is no description, or its widths do not fit the model.
+    """
     try:
         widths = Widths.from_dict(description["widths"])
         spec = ModelSpec(description["name"], description["num_classes"], description["img_size"])
-        return extract(as_supernet(spec.build(**kwargs)), widths), spec, widths
+        spec = replace(spec, img_size=input_size or spec.img_size)
+        network = as_supernet(spec.build(**kwargs))
+        set_widths(network, widths)  # refuses widths that do not fit
+        narrow(network, widths.attn, widths.mlp)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"not a description of a peeled network: {error!r}") from None
+    return network, spec, widths
 
 
-def load_peeled(content, source, **kwargs):
-    """The network of a checkpoint that ``main_finetune_peeled.py`` wrote. Returns (network, spec, widths)."""
-    network, spec, widths = build(content["peeled"], **kwargs)
+def load_peeled(content, source, input_size=None, **kwargs):
+    """The network of a checkpoint that ``main_finetune_peeled.py`` wrote, or of a saved sub-network.
+
+    ``content``: its weights as ``model``, its description as ``peeled``. Returns (network, spec, widths).
+    """
+    network, spec, widths = build(content["peeled"], input_size, **kwargs)
     load_weights(network, content["model"], source)
     return network, spec, widths

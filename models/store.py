@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from models import peel
+from models import peel, subnetwork
 from models.compensation import MEMORY_NAME, compensate, load_memory
 from models.cost import MATMULS, Shapes
 from models.vit import ALIASES, ModelSpec, as_supernet, full_widths, load_weights, read_checkpoint
@@ -29,9 +29,8 @@ class SuperNet:
     source: Path
     memory: list | None = None  # of BlockMemory, if what is cut is to be compensated
 
-    def cut(self, step):
-        """The stand-alone network of a step of the table, compensated if there is something to do it with."""
-        widths = self.table.steps[step]
+    def cut(self, widths):
+        """The stand-alone network of ``widths``, compensated if there is something to do it with."""
         network = peel.extract(self.model, widths)
         return compensate(network, self.model, widths, self.memory) if self.memory else network
 
@@ -42,14 +41,21 @@ def numbered_checkpoints(folder):
 
 
 def newest_checkpoint(folder):
-    """The checkpoint_N.pth of ``folder`` with the highest N, else the weights of stage 1. Raises InputError."""
+    """The checkpoint_N.pth of ``folder`` with the highest N, else the weights of stage 1 or of a saved sub-network.
+
+    Raises InputError if there is none of them.
+    """
+    folder = Path(folder)
     found = numbered_checkpoints(folder)
-    stage_1 = Path(folder) / WEIGHTS_NAME
-    if not found and stage_1.is_file():
-        return stage_1
-    if not found:
-        raise InputError(f"{folder}: no checkpoint_N.pth (or {WEIGHTS_NAME}) in it; expected that and {TABLE_NAME}")
-    return found[max(found)]
+    if found:
+        return found[max(found)]
+    others = [path for name in (WEIGHTS_NAME, subnetwork.WEIGHTS_NAME) if (path := folder / name).is_file()]
+    if not others:
+        raise InputError(
+            f"{folder}: no checkpoint_N.pth (or {WEIGHTS_NAME}) in it; expected that and {TABLE_NAME}, or a saved "
+            f"sub-network's {subnetwork.WEIGHTS_NAME} and {subnetwork.CONFIG_NAME}"
+        )
+    return others[0]
 
 
 _NUMBERED = re.compile(r"checkpoint_(\d+)\.pth")
@@ -63,6 +69,17 @@ def resolve(args):
     if not path.exists():
         raise InputError(f"{path}: no such folder or file; expected checkpoint_N.pth and {TABLE_NAME} in it")
     return newest_checkpoint(path) if path.is_dir() else path
+
+
+def read(path):
+    """The checkpoint at ``path``; a saved sub-network has its config.json in member ``peeled``, as a fine-tuned one."""
+    content, beside = read_checkpoint(path), path.with_name(subnetwork.CONFIG_NAME)
+    if path.name == subnetwork.WEIGHTS_NAME and beside.is_file() and not path.with_name(TABLE_NAME).is_file():
+        try:
+            content["peeled"] = subnetwork.read_config(path.parent)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    return content
 
 
 def load_supernet(

@@ -43,17 +43,21 @@ class ModelSpec:
     num_classes: int
     img_size: int | None = None
 
+    def timm_call(self):
+        """(name, keyword arguments) with which timm.create_model builds it, the number of classes apart."""
+        timm_name, fixed = ALIASES.get(self.name, (self.name, {}))
+        return timm_name, fixed if self.img_size is None else fixed | {"img_size": self.img_size}
+
     def build(self, pretrained=False, **kwargs):
         """The timm VisionTransformer. Raises InputError for an unknown name or one that is no VisionTransformer."""
-        timm_name, fixed = ALIASES.get(self.name, (self.name, {}))
+        timm_name, arguments = self.timm_call()
         if not timm.is_model(timm_name):
             raise InputError(
                 f"--model {self.name}: neither one of {', '.join(ALIASES)} nor a timm name; "
                 "timm.list_models('vit*') lists those"
             )
-        if self.img_size is not None:
-            kwargs["img_size"] = self.img_size
-        model = timm.create_model(timm_name, pretrained=pretrained, num_classes=self.num_classes, **{**fixed, **kwargs})
+        arguments = {"pretrained": pretrained, "num_classes": self.num_classes} | arguments | kwargs
+        model = timm.create_model(timm_name, **arguments)
         if not isinstance(model, VisionTransformer):
             raise InputError(f"--model {self.name}: a {type(model).__name__}; supported is timm's VisionTransformer")
         return model

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from math import gcd
 from pathlib import Path
 
 from utils import InputError, human
@@ -99,9 +100,25 @@ class WidthTable:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a budget obtains: the widths of ``step`` of the table or, if ``finer``, wider ones up to the step before.
+
+    ``latency_ms``: milliseconds per batch, if they have been measured.
+    """
+
+    step: int
+    widths: Widths
+    finer: bool = False
+    latency_ms: float | None = None
+
+    def __str__(self):
+        return f"{self.step}+" if self.finer else str(self.step)
+
+
+@dataclass(frozen=True)
 class Budget:
     """What a user asks for. ``kind``: 'op_code' (a step), 'macs' (paper's convention), 'macs_ratio' (of the full
-    network) or 'params'."""
+    network), 'params', or 'latency_ms', which is measured and not computed: models/latency.py."""
 
     kind: str
     value: float
@@ -109,21 +126,49 @@ class Budget:
     def __str__(self):
         return f"{self.kind} {human(self.value) if self.kind in ('macs', 'params') else f'{self.value:.4g}'}"
 
-    def step(self, table, shapes):
-        """The largest step of ``table`` within this budget. Raises InputError with the reachable range."""
+    @property
+    def folder(self):
+        """A name for the files of what it obtains: macs_8.44G, macs_ratio_0.5."""
+        return str(self).replace(" ", "_", 1).replace(" ", "")
+
+    def choose(self, table, shapes, finer=False):
+        """The largest sub-network of ``table`` within this budget, a Choice; with ``finer`` as much of what the step
+        before it keeps as still fits. Raises InputError with the reachable range."""
         if self.kind == "op_code":
             step = table.last if self.value == -1 else self.value
             if not 0 <= step <= table.last:
                 raise InputError(f"--op_code {self.value}: steps run from 0 to {table.last} (or -1 for the last)")
-            return step
+            return Choice(step, table.steps[step])
         cost = shapes.parameters if self.kind == "params" else shapes.macs
         unit = cost(table.steps[0]) if self.kind == "macs_ratio" else 1
-        most, least = (cost(table.steps[step]) / unit for step in (0, -1))
-        step = table.first_within(cost, self.value * unit)
+        limit = self.value * unit
+        step = table.first_within(cost, limit)
+        self.check_reach(step, *(cost(table.steps[end]) / unit for end in (-1, 0)))
+        widths = widen(table, step, cost, limit) if finer and step else table.steps[step]
+        return Choice(step, widths, widths != table.steps[step])
+
+    def check_reach(self, step, least, most):
+        """Raise InputError if no step is within the budget, or the budget is above the full network's cost."""
         if step is None or self.value > most * BUDGET_SLACK:
-            low, high = (f"{x:.4g}" if self.kind == "macs_ratio" else human(x) for x in (least, most))
+            exact = self.kind in ("macs", "params")
+            low, high = (human(x) if exact else f"{x:.4g}" for x in (least, most))
             raise InputError(f"--{self}: out of reach; this table has networks from {low} to {high}")
-        return step
+
+
+def widen(table, step, cost, limit):
+    """The widths of ``step``, branch by branch as near to those of the step before as ``cost`` of at most ``limit``
+    allows. What is added comes in multiples of 8, which hardware likes, or where the table's own widths are no
+    multiples of 8, of their greatest common divisor.
+    """
+    present, before = list(table.steps[step].flat), table.steps[step - 1].flat
+    grains = [gcd(8, *(w for widths in table.steps for w in widths.flat[branch::2])) for branch in (0, 1)]
+    for branch, most in enumerate(before):
+        for width in range(most, present[branch], -grains[branch % 2]):
+            wider = [*present[:branch], width, *present[branch + 1 :]]
+            if cost(Widths.from_flat(wider)) <= limit:
+                present = wider
+                break
+    return Widths.from_flat(present)
 
 
 def branch_names(depth):

@@ -1,6 +1,7 @@
 """Data sets and weight files in the layouts users have, and loaders that do not depend on workers."""
 
 import gzip
+import json
 import pickle
 from argparse import Namespace
 
@@ -50,6 +51,53 @@ def test_cifar_in_torchvisions_layout(shared_args, tmp_path, monkeypatch):
     assert len(dataset) == 2 and dataset[1][1] == 7 and datasets.count_classes(dataset) == 10
 
 
+def test_stanford_cars_in_torchvisions_layout(shared_args, tmp_path):
+    savemat = pytest.importorskip("scipy.io").savemat
+    folder = tmp_path / "stanford_cars"
+    for place in ("devkit", "cars_train"):
+        (folder / place).mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(folder / "cars_train/00001.jpg")
+    kinds = [("class", "i4"), ("fname", "O")]
+    savemat(folder / "devkit/cars_train_annos.mat", {"annotations": np.array([(3, "00001.jpg")] * 2, kinds)})
+    savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array(["a", "b", "c"], object)})
+    dataset = datasets.load_images(named(shared_args, "CARS", tmp_path), train=True)
+    assert len(dataset) == 2 and dataset[0][1] == 2 and datasets.count_classes(dataset) == 196
+
+
+def test_cub_by_its_own_split(shared_args, tmp_path):
+    folder, lines, split = tmp_path / "CUB_200_2011", [], []
+    for index in range(6):
+        name = f"00{index % 2 + 1}.Bird/{index}.jpg"
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (index, 0, 0)).save(folder / "images" / name)
+        lines.append(f"{index} {name}")
+        split.append(f"{index} {int(index < 4)}")
+    (folder / "images.txt").write_text("\n".join(lines))
+    (folder / "train_test_split.txt").write_text("\n".join(split))
+    sizes = {}
+    for train in (True, False):
+        dataset = datasets.load_images(named(shared_args, "CUB", tmp_path), train)
+        assert datasets.count_classes(dataset) == 2 and sorted({label for _, label in dataset}) == [0, 1]
+        sizes[train] = len(dataset)
+    assert sizes == {True: 4, False: 2}
+
+
+@pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])
+def test_inaturalist_by_its_annotations(name, year, shared_args, tmp_path):
+    (tmp_path / "train_val").mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / "train_val/7.jpg")
+    content = {
+        "images": [{"id": 7, "file_name": "train_val/7.jpg"}], "annotations": [{"image_id": 7, "category_id": 4}],
+        "categories": [{"id": i} for i in range(5)],
+    }  # fmt: skip
+    (tmp_path / f"val{year}.json").write_text(json.dumps(content))
+    dataset = datasets.load_images(named(shared_args, name, tmp_path), train=False)
+    image, label = dataset[0]
+    assert len(dataset) == 1 and label == 4 and image.mode == "RGB" and datasets.count_classes(dataset) == 5
+    with pytest.raises(InputError, match=f"train{year}.json"):
+        datasets.load_images(named(shared_args, name, tmp_path), train=True)
+
+
 def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
     for split in ("train", "validation"):
         for name in ("cat", "dog", "eel"):
@@ -63,7 +111,9 @@ def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
     assert images.shape == (3, 3, 16, 16) and labels.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["IMNET", "CIFAR10", "CIFAR", "FLOWERS", "FOOD", "FASHION_MNIST", "nonsense"])
+@pytest.mark.parametrize(
+    "name", ["IMNET", "CIFAR10", "CIFAR", "FLOWERS", "FOOD", "FASHION_MNIST", "CARS", "CUB", "INAT", "nonsense"]
+)
 def test_a_missing_data_set_is_named_with_its_path(name, shared_args, tmp_path):
     with pytest.raises(InputError) as error:
         datasets.load_images(named(shared_args, name, tmp_path / "nowhere"), train=True)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import datasets
 import main_train
 from models.cost import Shapes
 from models.store import load_supernet
+from models.subnetwork import load_subnetwork
 from models.vit import ModelSpec, full_widths, read_checkpoint, set_widths
 from models.width_table import Widths, WidthTable
 
@@ -256,6 +258,72 @@ def test_fine_tuning_and_its_checkpoint(chain, tmp_path):
     assert row["parameters"] == sum(value.numel() for value in content["model"].values())
 
 
+def folder_of_images(root, data_set, classes, count):
+    """Images of the first few classes of a data set in ImageNet's layout, as users keep their own."""
+    for split, train in (("train", True), ("val", False)):
+        images = datasets.load_images(argparse.Namespace(data_set=data_set, data_path="data"), train)
+        for index in range(count):
+            image, label = images[index]
+            place = root / split / f"class{label}"
+            if label < classes:
+                place.mkdir(parents=True, exist_ok=True)
+                image.save(place / f"{index}.png")
+    return root
+
+
+def test_saved_sub_networks_go_through_the_stages_and_to_other_data(chain, tmp_path):
+    """Saved for two budgets, tested again from their folders, then tuned on other classes at another image size."""
+    options = [*PLAIN, "--checkpoint", chain[1], "--macs-ratio", "0.5", "--params", "60K", "--finer", "--benchmark"]
+    output = run(
+        "main_test.py",
+        *options,
+        "--plot",
+        "--export",
+        "pt2",
+        "--save",
+        tmp_path / "net",
+        "--output-dir",
+        tmp_path / "a",
+    )
+    rows = json.loads((tmp_path / "a/results.json").read_text())["rows"]
+    assert all(row["latency_ms"] > 0 for row in rows) and rows[1]["parameters"] <= 60e3
+    assert {path.name for path in (tmp_path / "a").iterdir()} >= {"ladder.png", "widths.png", "knowledge.png"}
+    assert "latencies: batch 1, 16 px on" in output and list(chain[1].glob("latency_*_batch1_16px_none.json"))
+    for row, name in zip(rows, ("macs_ratio_0.5", "params_60.00K"), strict=True):
+        folder = tmp_path / "net" / name
+        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "model.pt2"}
+        run("main_test.py", *PLAIN, "--checkpoint", folder, "--output-dir", tmp_path / name)
+        (again,) = json.loads((tmp_path / name / "results.json").read_text())["rows"]
+        for key in ("top1", "loss", "macs", "parameters", "widths"):
+            assert again[key] == row[key]
+    refused = run("main_test.py", *PLAIN, "--checkpoint", folder, "--macs-ratio", "0.5", expect=2)
+    assert "is one sub-network of one size" in refused
+    images = folder_of_images(tmp_path / "images", "DIGITS", classes=3, count=400)
+    other = ["--data-set", "IMNET", "--data-path", images, *FINETUNE[2:], "--input-size", "24", "--batch-size", "32"]
+    output = run("main_finetune_peeled.py", *other, "--checkpoint", folder, "--output-dir", tmp_path / "tuned")
+    assert "has 10 classes: replaced by a new one for 3" in output
+    content = read_checkpoint(tmp_path / "tuned/checkpoint_2.pth")
+    assert content["model"]["head.weight"].shape == (3, 64) and content["model"]["pos_embed"].shape == (1, 37, 64)
+    run(
+        "main_test.py", *other[:4], *PLAIN[2:], "--checkpoint", tmp_path / "tuned", "--save", tmp_path / "last",
+        "--output-dir", tmp_path / "b",
+    )  # fmt: skip
+    config = json.loads((tmp_path / "last/config.json").read_text())
+    assert config["input_size"] == [3, 24, 24] and config["num_classes"] == 3
+    assert load_subnetwork(tmp_path / "last")(torch.zeros(2, 3, 24, 24)).shape == (2, 3)
+
+
+def test_a_latency_budget_is_measured_and_kept(chain, tmp_path):
+    options = [*PLAIN, "--checkpoint", chain[1], "--latency-batch-size", "2", "--output-dir", tmp_path]
+    run("main_test.py", *options, "--benchmark", "--op-code", "0", "-1")
+    slow = max(row["latency_ms"] for row in json.loads((tmp_path / "results.json").read_text())["rows"])
+    output = run("main_test.py", *options, "--latency-ms", slow)
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["latency_ms"] <= slow and "networks from" in run("main_test.py", *options, "--latency-ms", 1e6, expect=2)
+    (path,) = chain[1].glob("latency_*_batch2_*.json")
+    assert str(path) in output
+
+
 # ------------------------------------------------------------------------------------------ published files
 
 
@@ -335,6 +403,8 @@ BAD = [
     (["main_test.py", "--macs", "many"], "not a number such as 8.44G"),
     (["main_test.py", "--macs-ratio", "1.5"], "not in (0, 1]"),
     (["main_test.py", "--device", "tpu"], "choose auto, cpu or cuda"),
+    (["main_test.py", "--export", "tflite"], "invalid choice: 'tflite'"),
+    (["main_test.py", "--latency-ms", "0"], "not positive and finite"),
     (["main_train.py", "--epochs", "0"], "not at least 1"),
     (["main_train.py", "--always", "middle"], "choose from"),
     (["main_train.py", "--recipe", "best"], "choose from"),
@@ -376,7 +446,7 @@ def test_a_network_without_a_classifier_is_reparameterised_without_labels(pretra
     run(*base, "--nb-classes", "0", "--objective", "feature", "--output-dir", tmp_path)
     assert not any(name.startswith("head") for name in read_checkpoint(tmp_path / "reparamed.pth")["model"])
     net = load_supernet(tmp_path)
-    assert net.cut(net.table.last // 2)(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
+    assert net.cut(net.table.steps[-1])(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
     assert "no classifier to test" in run("main_test.py", *PLAIN, "--checkpoint", tmp_path, expect=2)
     assert "use --objective feature" in run(*base, "--nb-classes", "0", expect=2)
 

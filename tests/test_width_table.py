@@ -1,12 +1,13 @@
 """mask_table.json: round trip, what is refused, and budgets."""
 
 import json
+import random
 
 import pytest
 from conftest import tiny_supernet
 
 from models.cost import Shapes
-from models.width_table import Budget, Widths, WidthTable
+from models.width_table import Budget, Widths, WidthTable, widen
 from utils import InputError, quantity
 
 TABLE = WidthTable(
@@ -71,18 +72,44 @@ def test_a_budget_is_never_exceeded_and_the_largest_within_it_is_taken():
     for kind, cost in (("macs", shapes.macs), ("params", shapes.parameters)):
         costs = [cost(widths) for widths in TABLE.steps]
         for budget in [*costs, *(c + 1 for c in costs[1:]), *(c - 1 for c in costs[:-1])]:
-            step = Budget(kind, budget).step(TABLE, shapes)
+            step = Budget(kind, budget).choose(TABLE, shapes).step
             assert costs[step] <= budget
             assert step == 0 or costs[step - 1] > budget
         with pytest.raises(InputError, match="networks from"):
-            Budget(kind, costs[-1] - 1).step(TABLE, shapes)
+            Budget(kind, costs[-1] - 1).choose(TABLE, shapes)
         with pytest.raises(InputError, match="networks from"):
-            Budget(kind, costs[0] * 1.01).step(TABLE, shapes)
-    assert Budget("macs_ratio", 1.0).step(TABLE, shapes) == 0
-    assert Budget("op_code", -1).step(TABLE, shapes) == Budget("op_code", 4).step(TABLE, shapes) == 4
+            Budget(kind, costs[0] * 1.01).choose(TABLE, shapes)
+    assert Budget("macs_ratio", 1.0).choose(TABLE, shapes).step == 0
+    for step in (-1, 4):
+        assert Budget("op_code", step).choose(TABLE, shapes).widths == TABLE.steps[4]
     for step in (5, -2):
         with pytest.raises(InputError, match="from 0 to 4"):
-            Budget("op_code", step).step(TABLE, shapes)
+            Budget("op_code", step).choose(TABLE, shapes)
+
+
+def test_finer_widths_use_more_of_the_budget_and_never_exceed_it():
+    shapes = Shapes.of(tiny_supernet())
+    generator = random.Random(0)
+    for kind, cost in (("macs", shapes.macs), ("params", shapes.parameters)):
+        for _ in range(50):
+            budget = generator.randint(cost(TABLE.steps[-1]), cost(TABLE.steps[0]))
+            coarse, fine = (Budget(kind, budget).choose(TABLE, shapes, finer) for finer in (False, True))
+            assert coarse.step == fine.step and cost(coarse.widths) <= cost(fine.widths) <= budget
+            assert fine.finer == (fine.widths != coarse.widths) and str(fine) == f"{fine.step}{'+' * fine.finer}"
+            if not fine.step:
+                continue
+            before = TABLE.steps[fine.step - 1].flat
+            for branch, (low, width, high) in enumerate(zip(coarse.widths.flat, fine.widths.flat, before, strict=True)):
+                assert low <= width <= high and width % 2 == 0
+                more = [*fine.widths.flat[:branch], width + 2, *fine.widths.flat[branch + 1 :]]
+                assert width == high or cost(Widths.from_flat(more)) > budget
+
+
+def test_finer_widths_are_multiples_of_8_where_the_tables_are():
+    table = WidthTable([Widths((64,), (1536,)), Widths((64,), (768,)), Widths((24,), (768,))])
+    assert widen(table, 1, lambda widths: widths.mlp[0], 1003) == Widths((64,), (1000,))
+    assert widen(table, 2, lambda widths: widths.attn[0], 47) == Widths((40,), (768,))
+    assert widen(table, 2, lambda widths: widths.attn[0], 31) == Widths((24,), (768,))
 
 
 def test_quantities_have_human_units():

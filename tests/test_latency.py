@@ -1,0 +1,109 @@
+"""Latency budgets: what is asked of the clock, what is remembered, and that a budget is never exceeded as measured."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import tiny_supernet
+
+from models import latency
+from models.cost import Shapes
+from models.store import SuperNet
+from models.vit import ModelSpec, full_widths
+from models.width_table import Budget, Widths, WidthTable
+from utils import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def net(tmp_path):
+    """A super-network whose table has 21 steps of falling MLP width."""
+    model = tiny_supernet()
+    table = WidthTable([Widths((16,) * 3, (width,) * 3) for width in range(192, -1, -9)])
+    assert table.steps[0] == full_widths(model)
+    return SuperNet(model, ModelSpec("vit_tiny", 7), table, Shapes.of(model), tmp_path / "checkpoint_0.pth")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Instead of a clock: a latency of 1 ms and 0.1 ms per hidden unit. Returns the list of measured widths."""
+    measured = []
+
+    def fake(networks, device, conditions):
+        widths = [network.blocks[0].mlp.fc1.out_features for network in networks]
+        measured.extend(widths)
+        return [1 + 0.1 * width for width in widths]
+
+    monkeypatch.setattr(latency, "measure", fake)
+    return measured
+
+
+def stopclock(net):
+    return latency.Stopclock(net, CPU, 2, "none")
+
+
+def milliseconds(widths):
+    return 1 + 0.1 * widths.mlp[0]
+
+
+def test_the_largest_step_within_the_budget_is_found_with_few_measurements(net, counted):
+    net.table.steps.pop()  # the last one has no MLP
+    for value in (4.0, 10.05, 19.3, 20.2):
+        counted.clear()
+        choice = stopclock(net).choose(Budget("latency_ms", value))
+        assert choice.latency_ms == milliseconds(choice.widths) <= value
+        assert choice.step == 0 or milliseconds(net.table.steps[choice.step - 1]) > value
+        assert len(counted) <= 8
+        counted.clear()
+        assert stopclock(net).choose(Budget("latency_ms", value)) == choice and not counted, "remembered in the file"
+    for value in (0.5, 25):
+        with pytest.raises(InputError, match=r"--latency_ms .*networks from 2.2 to 20.2"):
+            stopclock(net).choose(Budget("latency_ms", value))
+
+
+def test_the_file_says_what_it_holds_for_and_serves_elsewhere(net, counted, tmp_path):
+    clock = stopclock(net)
+    clock.measure(net.table.steps[0:20:5])
+    (path,) = tmp_path.glob("latency_*_batch2_16px_none.json")
+    conditions = json.loads(path.read_text())["conditions"]
+    assert conditions["batch_size"] == 2 and conditions["img_size"] == 16 and conditions["threads"] == 1
+    args = Namespace(latency_device=str(path), latency_batch_size=1, finer=False, amp="none")
+    counted.clear()
+    budgets = [Budget("latency_ms", 16.0), Budget("op_code", 2)]
+    within, exact = latency.choose(net, budgets, args, CPU)
+    assert (within.step, exact.step) == (5, 2) and within.latency_ms <= 16 and not counted
+    with pytest.raises(InputError, match="must be cpu or cuda"):
+        latency.benchmark(net, [within], args, CPU)
+
+
+def test_another_batch_size_or_table_does_not_use_it(net, counted):
+    stopclock(net).measure([net.table.steps[0]])
+    assert not latency.Stopclock(net, CPU, 4, "none").latencies.points
+    net.table.steps[0] = net.table.steps[1]
+    assert not stopclock(net).latencies.known(net.table)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"points": [], "conditions": {"device": 1}}', '{"points": [{"ms": 1}]}']
+)
+def test_a_damaged_file_is_refused(content, tmp_path):
+    (tmp_path / "latency_x.json").write_text(content)
+    with pytest.raises(InputError, match=r"latency_x\.json: not a file of latencies"):
+        latency.LatencyTable.load(tmp_path / "latency_x.json")
+
+
+def test_every_network_gets_as_many_turns_and_the_median_counts(monkeypatch):
+    turns, seconds = [], iter([9.0] * 2 * latency.WARM_UP + [0.5, 2.0, 0.1, 1.0] * latency.REPEATS)
+    monkeypatch.setattr("utils.Stopwatch", lambda device: Namespace(seconds=lambda: next(seconds)))
+    networks = [lambda images, name=name: turns.append((name, tuple(images.shape))) for name in "ab"]
+    figures = latency.measure(networks, CPU, latency.Conditions("cpu", 1, 3, 8, "none"))
+    assert turns == [("a", (3, 3, 8, 8)), ("b", (3, 3, 8, 8))] * (latency.WARM_UP + latency.REPEATS)
+    assert figures == [500.0, 2000.0]
+
+
+def test_real_figures_are_saved_as_they_are_returned(net):
+    figures = stopclock(net).measure([net.table.steps[0], Widths((2, 0, 0), (9, 0, 0))])
+    assert all(ms > 0 for ms in figures)
+    assert list(stopclock(net).latencies.points.values()) == figures
