@@ -22,13 +22,13 @@ DEFAULT_LADDER = (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6)
 COLUMNS = ("asked", "step", "macs", "macs_with_attention_matmuls", "parameters", "top1", "top5", "images_per_s")
 
 
-def get_args():
+def get_args(argv=None):
     parser = stage_parser(__doc__)
     add_budget_options(parser, several=True)
     parser.add_argument_group("output").add_argument(
         "--output_dir", default=None, help="for results.json and results.csv; output/test/<model>"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def budgets(args):
@@ -93,7 +93,9 @@ def cut(net, step, args, device):
         datasets.load_images(args, train=True),
         datasets.eval_transform(args, datasets.data_config(network)),
     )
-    batches = list(datasets.proxy_loader(images, transform, args, args.calibrate))
+    loader = datasets.proxy_loader(images, transform, args, args.calibrate)
+    batches = list(loader)
+    datasets.report_bad_images(loader, "calibration")
     return calibrate(network.to(device), net.model.to(device), batches, OBJECTIVES["feature"], device)
 
 

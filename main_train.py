@@ -14,7 +14,7 @@ from models import piad, store
 from models.cost import Shapes, measured_unit_costs
 from models.distillation import Distillation, load_teacher
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import ModelSpec, as_supernet, full_widths, load_weights, read_checkpoint, set_widths
+from models.vit import ModelSpec, as_supernet, classes_of, full_widths, load_weights, read_checkpoint, set_widths
 from models.width_table import WidthTable
 from options import add_distillation_options, add_piad_options, add_proxy_options, add_training_options, stage_parser
 from utils import InputError, RanksDisagree, human, say
@@ -35,7 +35,7 @@ def get_args(argv=None):
     group = parser.add_argument_group("files")
     group.add_argument("--pretrained", default=None, help="weights of stage 1; output/reparam/<model>/reparamed.pth")
     group.add_argument("--output_dir", default=None, help="output/peelable/<model>")
-    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
+    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     return parser.parse_args(argv)
 
 
@@ -48,9 +48,10 @@ def build(args, device):
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
     state = read_checkpoint(path)["model"]
-    classes = args.nb_classes or datasets.count_classes(images) or len(state.get("head.weight", ()))
+    classes = args.nb_classes or datasets.count_classes(images) or classes_of(state)
     if not classes:
         raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb_classes")
+    datasets.check_classes(images, classes, f"--nb_classes {args.nb_classes}")
     spec = ModelSpec(args.model, classes, args.input_size)
     model = spec.build(drop_path_rate=args.drop_path)
     remarks = load_weights(model, state, path, replace_head=True)
@@ -174,7 +175,10 @@ def main(args):
     test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run, shapes = Run(model, args, device, len(train)), Shapes.of(model)
-    table, unit_costs = first_table(args, model), measure_unit_costs(args, model, shapes, device)
+    table = first_table(args, model)
+    if not args.mask_table:
+        piad.check_reachable(table.steps[0], shapes.macs, shapes.macs(table.steps[0]) * (1 - args.drop_ratio))
+    unit_costs = measure_unit_costs(args, model, shapes, device)
     if args.resume:
         content = run.restore(args.resume)
         table = restore_table(content, Path(args.resume), full_widths(model))

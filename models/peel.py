@@ -89,20 +89,21 @@ def describe(spec, widths):
     return asdict(spec) | {"widths": widths.as_dict()}
 
 
-def build(description, **kwargs):
-    """The peeled network of ``describe`` without its weights. Returns (network, spec, widths)."""
+def build(description, source, **kwargs):
+    """The peeled network of ``describe`` without its weights. Returns (network, spec, widths). Raises InputError, with
+    the name ``source``, if it describes none."""
     try:
         widths = Widths.from_dict(description["widths"])
         spec = ModelSpec(description["name"], description["num_classes"], description["img_size"])
         return extract(as_supernet(spec.build(**kwargs)), widths), spec, widths
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"not a description of a peeled network: {error!r}") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever stands there goes through timm and torch
+        raise InputError(f"{source}: member 'peeled' describes no network ({type(error).__name__}: {error})") from None
 
 
 def load_peeled(content, source, **kwargs):
     """The network of a checkpoint that ``main_finetune_peeled.py`` wrote. Returns (network, spec, widths)."""
-    network, spec, widths = build(content["peeled"], **kwargs)
+    network, spec, widths = build(content["peeled"], source, **kwargs)
     load_weights(network, content["model"], source)
     return network, spec, widths

@@ -5,6 +5,7 @@ of the hidden width. Paper, section on PIAD.
 """
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Groups:
     def of(cls, full):
         """The groups of a network of full Widths ``full``. Raises InputError if they do not divide its widths."""
         head_width, hidden = full.attn[0], full.mlp[0]
-        if head_width % ATTN_GROUPS or hidden % MLP_GROUPS:
+        if not (head_width and hidden) or head_width % ATTN_GROUPS or hidden % MLP_GROUPS:
             raise InputError(
                 f"head width {head_width} and hidden width {hidden} must be multiples of {ATTN_GROUPS} and {MLP_GROUPS}"
             )
@@ -100,6 +101,17 @@ def drop_order(importance):
     return [(total / size, size) for total, size in reversed(pools)]
 
 
+def check_reachable(full, cost, target):
+    """Raise InputError if even the network of full Widths ``full`` without any branch costs more than ``target``."""
+    left = cost(Widths((0,) * len(full.attn), (0,) * len(full.mlp)))
+    if left > target:
+        left /= cost(full)
+        raise InputError(
+            f"--drop_ratio leaves {target / cost(full):.3f} of the MACs; without any branch {left:.3f} are left, "
+            f"so it must be below {1 - left:.3f}"
+        )
+
+
 def grow(steps, importance, groups, cost, target):
     """Append steps to the dropout list until ``cost`` of the last one is at most ``target``.
 
@@ -107,15 +119,15 @@ def grow(steps, importance, groups, cost, target):
         steps: list of Widths, extended in place; what it holds already never changes.
         importance: 2L lists from ``unit_importance`` at ``steps[-1]``.
         cost: function of Widths, in MACs.
-    Raises InputError if even the network without any branch costs more than the target.
+    Raises InputError if even the network without any branch costs more than the target, if an importance is not
+    finite, or if the widths of the last step are not made of whole units.
     """
-    smallest = Widths((0,) * len(steps[0].attn), (0,) * len(steps[0].mlp))
-    if cost(smallest) > target:
-        left = cost(smallest) / cost(steps[0])
-        raise InputError(
-            f"--drop_ratio leaves {target / cost(steps[0]):.3f} of the MACs; without any branch {left:.3f} are left, "
-            f"so it must be below {1 - left:.3f}"
-        )
+    check_reachable(steps[0], cost, target)
+    for branch, (width, units) in enumerate(zip(steps[-1].flat, importance, strict=True)):
+        if width != len(units) * groups.size(branch):
+            raise InputError(f"a width of {width} is not {len(units)} units of {groups.size(branch)}: no unit can go")
+        if not all(math.isfinite(value) for value in units):
+            raise InputError(f"block {branch // 2}: the importance of a unit is NaN or infinite")
     queues = [drop_order(units) for units in importance]
     heap = [(queue[0][0], branch, 0) for branch, queue in enumerate(queues) if queue]
     heapq.heapify(heap)

@@ -224,7 +224,7 @@ def collect_statistics(model, batches, objective, device, moments=True, hidden=F
             parameter.requires_grad_(flag)
         model.train(training)
     if utils.all_reduce_sum(seen) == 0:
-        raise InputError("the proxy set is empty; --proxy_samples counts its images")
+        raise InputError("there is no proxy image that can be read; --proxy_samples counts them")
     for index, tap in enumerate(taps):
         tap.sums.all_reduce()
         if not all(torch.isfinite(s).all() for s in (tap.sums.taylor_attn, tap.sums.taylor_mlp)):

@@ -9,6 +9,7 @@ from utils import InputError, human
 FORMAT_VERSION = 1
 # A budget this little above the full network still asks for the full network: printed figures are rounded.
 BUDGET_SLACK = 1.005
+BUDGET_KINDS = ("op_code", "macs", "macs_ratio", "params")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class WidthTable:
         """Parse ``mask_table.json``. ``source`` is named in errors. Raises InputError if it is not a valid table."""
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:  # besides bad syntax: a number of 5,000 digits, 10,000 brackets
+            raise InputError(f"{source}: not JSON ({str(error).splitlines()[0]})") from None
         if not isinstance(content, dict):
             raise InputError(f"{source}: expected one object with members '0.attn', '0.mlp', ...")
         meta = content.pop("meta", {})
@@ -111,11 +112,13 @@ class Budget:
 
     def step(self, table, shapes):
         """The largest step of ``table`` within this budget. Raises InputError with the reachable range."""
+        if self.kind not in BUDGET_KINDS:
+            raise InputError(f"a budget of kind '{self.kind}': choose from {', '.join(BUDGET_KINDS)}")
         if self.kind == "op_code":
             step = table.last if self.value == -1 else self.value
-            if not 0 <= step <= table.last:
+            if step not in range(table.last + 1):
                 raise InputError(f"--op_code {self.value}: steps run from 0 to {table.last} (or -1 for the last)")
-            return step
+            return int(step)
         cost = shapes.parameters if self.kind == "params" else shapes.macs
         unit = cost(table.steps[0]) if self.kind == "macs_ratio" else 1
         most, least = (cost(table.steps[step]) / unit for step in (0, -1))
