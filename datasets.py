@@ -425,7 +425,9 @@ def proxy_loader(images, transform, args, count):
     Batches are (images, labels, positions in the data set). Raises InputError if there are too few images.
     """
     if count > len(images):
-        raise InputError(f"{count} proxy images asked for, the training set has {len(images)}")
+        raise InputError(
+            f"--proxy_samples or --calibrate: {count} proxy images asked for, the training set has {len(images)}"
+        )
     order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
     share = order[utils.rank() :: utils.world_size()].tolist()
     return ImageLoader(images, transform, args, drop_last=False, sampler=share)

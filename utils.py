@@ -16,6 +16,7 @@ import numpy as np
 import timm.utils
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 
 class InputError(ValueError):
@@ -271,7 +272,7 @@ def whole_file(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from None
     finally:
         with suppress(OSError):
@@ -280,7 +281,7 @@ def whole_file(path):
 
 def unwritable(path, error):
     """The InputError for a file or folder that cannot be written."""
-    return InputError(f"{path}: cannot be written ({error.strerror or error})")
+    return InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
 
 
 def save_torch(obj, path):
@@ -288,7 +289,12 @@ def save_torch(obj, path):
     if is_main():
         # Through a file of ours: torch's own reports a full disk as an error of its archive.
         with whole_file(path) as temporary, open(temporary, "wb") as file:
-            torch.save(obj, file)
+            try:
+                torch.save(obj, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 def save_text(text, path):

@@ -228,7 +228,9 @@ def collect_statistics(model, batches, objective, device, moments=True, hidden=F
     for index, tap in enumerate(taps):
         tap.sums.all_reduce()
         if not all(torch.isfinite(s).all() for s in (tap.sums.taylor_attn, tap.sums.taylor_mlp)):
-            raise InputError(f"block {index}: activations or gradients on the proxy set are NaN or infinite")
+            raise InputError(
+                f"block {index}: activations or gradients on the proxy set are NaN or infinite: check the weights"
+            )
     return [tap.sums for tap in taps]
 
 

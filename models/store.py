@@ -76,7 +76,8 @@ def load_supernet(
 
     ``content``: the checkpoint, if it has been read already. The model's name comes from ``model``, else from the
     table's meta, the checkpoint's args or the folder's name. ``compensate``: True, False, or None for whenever there
-    are statistics. ``kwargs`` go to timm, e.g. drop_path_rate. Raises InputError if the files do not belong together.
+    are statistics, or ``statistics`` names them. ``kwargs`` go to timm, e.g. drop_path_rate. Raises InputError if the
+    files do not belong together.
     """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     content = content or read_checkpoint(path)
@@ -94,6 +95,8 @@ def load_supernet(
     load_weights(network, state, path)
     as_supernet(network)
     table.check_fits(full_widths(network), table_path)
+    if statistics and compensate is None:
+        compensate = True
     memory = _memory(network, Path(statistics or path.parent / MEMORY_NAME), compensate)
     return SuperNet(network, spec, table, Shapes.of(network), path, memory)
 

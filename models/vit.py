@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +94,16 @@ def read_checkpoint(path):
     except InputError:
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: refused, it holds more than weights and plain values ({reason})") from None
+        # torch's advice, to load it regardless, is left out.
+        reason = re.search(r"GLOBAL \S+|Unsupported operand \d+", str(error))
+        raise InputError(
+            f"{path}: refused, it holds more than weights and plain values ({reason[0] if reason else 'a pickle'})"
+        ) from None
     except Exception as error:  # safetensors and torch raise a dozen kinds for a damaged file
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__} {error}".split("\n")[0].split(". ")[0].strip()
+        raise InputError(
+            f"{path}: not a readable checkpoint ({reason}); expected a file of torch.save, or .safetensors"
+        ) from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
     if "model" not in content:

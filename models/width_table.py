@@ -95,7 +95,11 @@ class WidthTable:
         """Raise InputError unless the table starts at the widths ``full`` of the model it is used with."""
         if self.steps[0] != full:
             depth, own = len(self.steps[0].attn), len(full.attn)
-            what = f"{depth} blocks, the model {own}" if depth != own else f"{self.steps[0]}, the model {full}"
+            what = f"{depth} blocks, the model {own}"
+            if depth == own:
+                pairs = zip(branch_names(depth), self.steps[0].flat, full.flat, strict=True)
+                name, width, expected = next(pair for pair in pairs if pair[1] != pair[2])
+                what = f"width {width} for '{name}', the model {expected}"
             raise InputError(f"{source}: made for another model: its step 0 has {what}")
 
 

@@ -1,11 +1,17 @@
+import os
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+# Nothing is downloaded, and nothing that was downloaded before is found: the same everywhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "skd_tests_without_a_hub")
 
 from models.vit import as_supernet
 from models.width_table import Widths
