@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.width_table import Widths
+from models.width_table import Widths, branch_names
 from utils import InputError, keyed_generator
 
 ATTN_GROUPS, MLP_GROUPS = 8, 32
@@ -37,6 +37,17 @@ class Groups:
         """The unit of branch ``branch`` of Widths.flat: even are attention, odd are MLP."""
         return self.attn if branch % 2 == 0 else self.mlp
 
+    def counts(self, widths):
+        """The units that ``widths`` keeps of each of the 2L branches. Raises InputError if it keeps part of one, as
+        the table of another tool may."""
+        for branch, width in enumerate(widths.flat):
+            if width % self.size(branch):
+                raise InputError(
+                    f"the width {width} of '{branch_names(len(widths.attn))[branch]}' is not a multiple of "
+                    f"{self.size(branch)}, the dimensions that are dropped together"
+                )
+        return [width // self.size(branch) for branch, width in enumerate(widths.flat)]
+
 
 def sensitivity(cost, costs_without):
     """gamma_m = (cost without branch m - cost) / cost, not below 0, for the 2L branches in Widths.flat order.
@@ -53,15 +64,15 @@ def unit_importance(gammas, statistics, widths, groups, unit_costs):
         gammas: 2L module sensitivities, order of Widths.flat.
         statistics: L BlockStatistics measured at ``widths``; alpha is the share of their Taylor sums.
         unit_costs: what one dimension of all heads and one hidden unit cost, (attention, MLP): MACs, or seconds.
-    Returns 2L lists, first unit first; empty where the branch is gone.
+    Returns 2L lists, first unit first; empty where the branch is gone. Raises InputError as ``Groups.counts``.
     """
-    importance = []
+    importance, counts = [], groups.counts(widths)
     for branch, gamma in enumerate(gammas):
         sums = statistics[branch // 2]
         taylor = sums.taylor_attn.sum((0, 1)) if branch % 2 == 0 else sums.taylor_mlp
         alpha = taylor / taylor.sum().clamp(min=torch.finfo(taylor.dtype).tiny)
         size = groups.size(branch)
-        shares = alpha.unflatten(0, (widths.flat[branch] // size, size)).sum(1)
+        shares = alpha.unflatten(0, (counts[branch], size)).sum(1)
         importance.append((gamma * shares / (size * unit_costs[branch % 2])).tolist())
     return importance
 
@@ -119,13 +130,13 @@ def grow(steps, importance, groups, cost, target):
         steps: list of Widths, extended in place; what it holds already never changes.
         importance: 2L lists from ``unit_importance`` at ``steps[-1]``.
         cost: function of Widths, in MACs.
-    Raises InputError if even the network without any branch costs more than the target, if an importance is not
-    finite, or if the widths of the last step are not made of whole units.
+    Raises InputError if even the network without any branch costs more than the target, or if an importance is not
+    finite; ValueError if the importance is not that of the last step.
     """
     check_reachable(steps[0], cost, target)
-    for branch, (width, units) in enumerate(zip(steps[-1].flat, importance, strict=True)):
-        if width != len(units) * groups.size(branch):
-            raise InputError(f"a width of {width} is not {len(units)} units of {groups.size(branch)}: no unit can go")
+    if [len(units) for units in importance] != groups.counts(steps[-1]):
+        raise ValueError(f"importance of {[len(units) for units in importance]} units for the widths {steps[-1]}")
+    for branch, units in enumerate(importance):
         if not all(math.isfinite(value) for value in units):
             raise InputError(f"block {branch // 2}: the importance of a unit is NaN or infinite")
     queues = [drop_order(units) for units in importance]

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 # Nothing is downloaded, and nothing that was downloaded before is found: the same everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "skd_tests_without_a_hub")
@@ -16,6 +15,7 @@ os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "skd_tests_without_a
 from models.vit import as_supernet
 from models.width_table import Widths
 
+ROOT = Path(__file__).parents[1]
 # One thread each: the networks are tiny, and tests may run beside each other.
 torch.set_num_threads(1)
 

@@ -139,7 +139,7 @@ def test_nothing_but_bad_images_ends_the_pass(shared_args, folder, monkeypatch):
     for file in folder.rglob("*.JPEG"):
         file.write_bytes(b"")
     loader = loader_of(data_args(shared_args, folder), "eval")
-    with pytest.raises(InputError, match="no image could be read, the first: .*0.JPEG"):
+    with pytest.raises(InputError, match=r"no image could be read, the first: .*0\.JPEG"):
         evaluate(tiny_vit(), loader, torch.device("cpu"))
     monkeypatch.setattr(datasets, "BAD_IN_A_ROW", 7)
     with pytest.raises(InputError, match="7 in a row"):
