@@ -3,6 +3,7 @@
 import gzip
 import os
 import random
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def _idx(path):
         content = gzip.decompress(path.read_bytes())
         sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
         raise InputError(f"{path}: not a gzipped IDX file ({error})") from None
 
 
@@ -112,7 +113,7 @@ def _same_classes(training, evaluation, expected, found):
 def _torchvision(make, complaint):
     try:
         return make()
-    except (FileNotFoundError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{complaint} ({str(error).splitlines()[0]})") from None
 
 

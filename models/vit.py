@@ -58,11 +58,9 @@ class ModelSpec:
         model = timm.create_model(timm_name, pretrained=pretrained, num_classes=self.num_classes, **{**fixed, **kwargs})
         if not isinstance(model, VisionTransformer):
             raise InputError(f"--model {self.name}: a {type(model).__name__}; supported is timm's VisionTransformer")
-        patch = model.patch_embed.patch_size
-        if self.img_size is not None and any(self.img_size % side or self.img_size < side for side in patch):
-            raise InputError(
-                f"--input_size {self.img_size}: not a multiple of the model's patches of {patch[0]} pixels"
-            )
+        patch = model.patch_embed.feat_ratio(as_scalar=True)
+        if self.img_size is not None and self.img_size % patch:
+            raise InputError(f"--input_size {self.img_size}: not a multiple of the model's patches of {patch} pixels")
         return model
 
 
@@ -157,7 +155,7 @@ def load_weights(model, state, source, replace_head=False):
     own, remarks = model.state_dict(), []
     head, own_head = ({n: v for n, v in s.items() if n.startswith(("head.", "head_dist."))} for s in (state, own))
     if replace_head and {n: v.shape for n, v in head.items()} != {n: v.shape for n, v in own_head.items()}:
-        was = f"has {len(head['head.weight'])} classes" if "head.weight" in head else "is not there"
+        was = f"has {classes_of(head)} classes" if "head.weight" in head else "is not there"
         now = f"replaced by a new one for {model.num_classes}" if own_head else "left out"
         remarks.append(f"the classifier of {source} {was}: {now}")
         state = {name: value for name, value in state.items() if name not in head} | own_head

@@ -89,7 +89,11 @@ class WidthTable:
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such file; the width table lies beside the checkpoint as mask_table.json")
-        return cls.from_json(path.read_text(errors="replace"), path)
+        try:
+            text = path.read_text(errors="replace")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        return cls.from_json(text, path)
 
     def check_fits(self, full, source):
         """Raise InputError unless the table starts at the widths ``full`` of the model it is used with."""
