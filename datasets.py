@@ -3,34 +3,51 @@
 import gzip
 import itertools
 import json
+import os
 import random
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import Mixup, create_dataset, create_transform
+from timm.data import ImageDataset, Mixup, create_dataset, create_transform
 from timm.data.auto_augment import RandAugment, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    default_collate,
+)
 from torchvision import datasets as tv
 from torchvision import transforms as T
 
 import utils
 from utils import InputError
 
-IMAGENET_LAYOUT = """expected
-  {root}/train/n01440764/*.JPEG  ... one folder for each class
-  {root}/val/n01440764/*.JPEG    ... the same folders"""
+IMAGENET_LAYOUT = "expected {root}/train/<class>/*.JPEG, one folder for each class, and {root}/val/<class>/*.JPEG"
+# So many images in a row that cannot be read are no accident.
+BAD_IN_A_ROW = 100
 
 
 # ------------------------------------------------------------------------------------------ data sets
 
 
 class ArrayDataset(Dataset):
-    """Grey images [N, h, w] uint8 and labels [N], given out as (RGB PIL image, int)."""
+    """Grey images [N, h, w] uint8 and labels [N], given out as (RGB PIL image, int). Raises InputError if they do not
+    belong together; ``source`` is named."""
 
-    def __init__(self, images, labels, classes):
+    def __init__(self, images, labels, classes, source):
+        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) >= classes:
+            raise InputError(
+                f"{source}: images {images.shape} and labels {labels.shape} up to {labels.max(initial=0)}; expected as "
+                f"many labels, below {classes}, as there are grey images"
+            )
         self.images, self.labels, self.num_classes = images, labels, classes
 
     def __len__(self):
@@ -47,7 +64,7 @@ def _digits(root, train):
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     chosen = order[:1198] if train else order[1198:]
-    return ArrayDataset((digits.images[chosen] * (255 / 16)).astype(np.uint8), digits.target[chosen], 10)
+    return ArrayDataset((digits.images[chosen] * (255 / 16)).astype(np.uint8), digits.target[chosen], 10, "DIGITS")
 
 
 def _fashion_mnist(root, train):
@@ -55,7 +72,7 @@ def _fashion_mnist(root, train):
     stem = "train" if train else "t10k"
     files = [Path(root) / f"{stem}-images-idx3-ubyte.gz", Path(root) / f"{stem}-labels-idx1-ubyte.gz"]
     if all(file.is_file() for file in files):
-        return ArrayDataset(_idx(files[0]), _idx(files[1]), 10)
+        return ArrayDataset(_idx(files[0]), _idx(files[1]), 10, files[0])
     return _torchvision(
         lambda: tv.FashionMNIST(root, train=train),
         f"{root}: no Fashion-MNIST; expected {files[0].name} and {files[1].name}, or torchvision's FashionMNIST/raw/",
@@ -68,21 +85,37 @@ def _idx(path):
         content = gzip.decompress(path.read_bytes())
         sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
         raise InputError(f"{path}: not a gzipped IDX file ({error})") from None
 
 
 def _imagenet(root, train):
-    folder = Path(root) / ("train" if train else "val")
-    return _torchvision(
-        lambda: tv.ImageFolder(folder), f"{folder}: no class folders with images; " + IMAGENET_LAYOUT.format(root=root)
+    folder, training = Path(root) / ("train" if train else "val"), Path(root) / "train"
+    dataset = _torchvision(
+        lambda: tv.ImageFolder(folder, loader=open_image),
+        f"{folder}: no class folders with images; {IMAGENET_LAYOUT.format(root=root)}",
     )
+    if not train and training.is_dir():
+        _same_classes(
+            training, folder, [entry.name for entry in os.scandir(training) if entry.is_dir()], dataset.classes
+        )
+    return dataset
+
+
+def _same_classes(training, evaluation, expected, found):
+    """Raise InputError unless both folders have the same classes: labels are their positions in alphabetical order."""
+    for name in sorted({*expected} ^ {*found}):
+        there, missing = (training, evaluation) if name in expected else (evaluation, training)
+        raise InputError(
+            f"{missing}: has no class folder '{name}', {there} has one; expected the same classes in both, "
+            f"here are {len(found)} for evaluation and {len(expected)} for training"
+        )
 
 
 def _torchvision(make, complaint):
     try:
         return make()
-    except (FileNotFoundError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{complaint} ({str(error).splitlines()[0]})") from None
 
 
@@ -170,13 +203,16 @@ def load_images(args, train):
     if args.data_set in DATA_SETS:
         return DATA_SETS[args.data_set](args.data_path, train)
     try:
-        return create_dataset(args.data_set, root=args.data_path, split="train" if train else "validation")
+        dataset = create_dataset(args.data_set, root=args.data_path, split="train" if train else "validation")
     except Exception as error:  # timm's readers raise whatever their back ends do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"--data_set {args.data_set} at {args.data_path}: neither one of {', '.join(DATA_SETS)} nor a data set "
             f"that timm's create_dataset can open ({reason})"
         ) from None
+    if isinstance(dataset, IterableDataset):
+        raise InputError(f"--data_set {args.data_set}: a stream; supported are data sets with images by number")
+    return ReaderDataset(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
 
 
 def count_classes(dataset):
@@ -185,6 +221,65 @@ def count_classes(dataset):
         return dataset.num_classes
     names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     return len(names) if names else None
+
+
+def check_classes(images, classes, flag):
+    """Raise InputError if the data set ``images`` has labels that a network of ``classes`` classes has no logit for."""
+    own = count_classes(images)
+    if own and own > classes:
+        raise InputError(f"{flag}: the network has {classes} classes, the data set {own}")
+
+
+# ------------------------------------------------------------------------------------------ images
+
+
+def open_image(file):
+    """The image of a path or binary file as an RGB PIL image; 16 bits are scaled to 8, which Pillow would clip."""
+    with Image.open(file) as image:
+        return as_rgb(image)
+
+
+def as_rgb(image):
+    """A PIL image of any mode as RGB."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image, np.int64) // 256).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB Pillow warns, and does the same
+    return image.convert("RGB")
+
+
+class ReaderDataset(Dataset):
+    """The images of a timm reader. timm's own ImageDataset answers with the next image when one cannot be read."""
+
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __len__(self):
+        return len(self.reader)
+
+    def __getitem__(self, index):
+        file, label = self.reader[index][:2]
+        return open_image(file), label
+
+
+def image_name(images, index):
+    """The path of an image of a data set, or the best there is to find it by."""
+    if isinstance(images, Subset):
+        return image_name(images.dataset, images.indices[index])
+    if hasattr(images, "samples"):
+        return str(images.samples[index][0])
+    if hasattr(images, "reader"):
+        return str(images.reader.filename(index, absolute=True))
+    paths = getattr(images, "_image_files", None)  # torchvision's Flowers102 and Food101
+    return str(paths[index]) if paths else f"image {index}"
+
+
+@dataclass
+class BadImage:
+    """Stands for an image that cannot be read. Errors of loader processes arrive as tracebacks: this is passed on."""
+
+    name: str
+    reason: str
 
 
 # ------------------------------------------------------------------------------------------ transforms
@@ -254,23 +349,92 @@ def between_models(student, teacher):
 
 
 class TransformedDataset(Dataset):
-    """(transformed image, label, index). An item asked for as (index, key) first seeds this process's randomness
-    from the key, so that an image's augmentation depends on nothing but the key."""
+    """(transformed image, label, index, [BadImage ...]). An item asked for as (index, key) first seeds this process's
+    randomness from the key, so that an image's augmentation depends on nothing but the key.
 
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
+    An image that cannot be read is told in the last member. With ``replace`` the next one that can be stands in for
+    it, which depends on the files alone; without, or after BAD_IN_A_ROW, there is no image (None).
+    """
+
+    def __init__(self, images, transform, replace=False):
+        self.images, self.transform, self.attempts = images, transform, BAD_IN_A_ROW if replace else 1
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
+        bad = []
+        for _ in range(self.attempts):
+            try:
+                image, label = self.images[index]
+                image = as_rgb(image)
+                break
+            except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
+                bad.append(BadImage(image_name(self.images, index), str(error) or type(error).__name__))
+                index = (index + 1) % len(self.images)
+        else:
+            return None, None, None, bad
         if key is not None:
             random.seed(key)
             np.random.seed(key % 2**32)
             torch.default_generator.manual_seed(key)
-        image, label = self.images[index]
-        return self.transform(image.convert("RGB")), label, index
+        return self.transform(image), label, index, bad
+
+
+def _collate(items):
+    """((images, labels, indices) or None if no image could be read, [BadImage ...]) of a batch of items."""
+    good = [item[:3] for item in items if item[0] is not None]
+    return default_collate(good) if good else None, [bad for item in items for bad in item[3]]
+
+
+class ImageLoader:
+    """Batches (images [B, 3, h, w], labels [B], indices [B]) of a TransformedDataset.
+
+    Raises InputError with the path of an image that cannot be read; with ``--skip_bad_images`` it is replaced by the
+    next one that can where all batches are of one size (``drop_last``), else left out; ``report_bad_images`` counts it.
+    """
+
+    def __init__(self, images, transform, args, drop_last, **kwargs):
+        self.skip, self.bad, self.seen, self.sampler = args.skip_bad_images, {}, 0, kwargs["sampler"]
+        self.loader = DataLoader(
+            TransformedDataset(images, transform, replace=drop_last and self.skip), batch_size=args.batch_size,
+            num_workers=args.num_workers, pin_memory=args.pin_mem and args.device != "cpu", collate_fn=_collate,
+            worker_init_fn=utils.restore_signals, drop_last=drop_last, **kwargs,
+        )  # fmt: skip
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        self.bad, self.seen = {}, 0
+        for batch, bad in self.loader:
+            if bad and not self.skip:
+                raise InputError(f"{_in_words(bad[0])}; --skip_bad_images goes on without such images")
+            self.bad |= {image.name: image for image in bad}
+            self.seen += len(batch[1]) if batch else 0
+            if self.loader.drop_last and (not batch or len(batch[1]) < self.loader.batch_size):
+                raise InputError(f"{_in_words(bad[-1])}, and so are {BAD_IN_A_ROW} in a row: too many to go on")
+            if batch:
+                yield batch
+
+
+def report_bad_images(loader, title):
+    """Say how many images of the last pass over ``loader`` could not be read, over all ranks. To be called by all of
+    them. Raises InputError if there was nothing else."""
+    if not isinstance(loader, ImageLoader) or not loader.skip:
+        return
+    passes = utils.gather((loader.bad, loader.seen))
+    bad = {name: image for found, _ in passes for name, image in found.items()}
+    if bad and not any(seen for _, seen in passes):
+        raise InputError(f"{title}: no image could be read, the first: {_in_words(min(bad.items())[1])}")
+    if bad:
+        names = ", ".join(sorted(bad)[:3]) + (", ..." if len(bad) > 3 else "")
+        utils.say(f"{title}: {len(bad)} image(s) could not be read and were skipped: {names}")
+
+
+def _in_words(bad):
+    return f"{bad.name}: not a readable image ({bad.reason})"
 
 
 class KeyedSampler:
@@ -302,17 +466,14 @@ def train_loader(images, transform, args):
         base = DistributedSampler(images, shuffle=True, seed=args.seed, **place)
     if len(base) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is more than the {len(base)} training images of one rank")
-    return _loader(
-        TransformedDataset(images, transform), args, sampler=KeyedSampler(base, args.seed), drop_last=True,
-        persistent_workers=args.num_workers > 0,
-    )  # fmt: skip
+    sampler, stay = KeyedSampler(base, args.seed), args.num_workers > 0
+    return ImageLoader(images, transform, args, drop_last=True, sampler=sampler, persistent_workers=stay)
 
 
 def eval_loader(images, transform, args):
     """This rank's share of ``images`` in order, every image exactly once over all ranks."""
     share = Subset(images, range(utils.rank(), len(images), utils.world_size()))
-    dataset = TransformedDataset(share, transform)
-    return _loader(dataset, args, sampler=SequentialSampler(dataset), drop_last=False)
+    return ImageLoader(share, transform, args, drop_last=False, sampler=SequentialSampler(share))
 
 
 def proxy_loader(images, transform, args, count):
@@ -321,18 +482,12 @@ def proxy_loader(images, transform, args, count):
     Batches are (images, labels, positions in the data set). Raises InputError if there are too few images.
     """
     if count > len(images):
-        raise InputError(f"{count} proxy images asked for, the training set has {len(images)}")
+        raise InputError(
+            f"--proxy_samples or --calibrate: {count} proxy images asked for, the training set has {len(images)}"
+        )
     order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
-    dataset = TransformedDataset(images, transform)
-    return _loader(dataset, args, sampler=order[utils.rank() :: utils.world_size()].tolist(), drop_last=False)
-
-
-def _loader(dataset, args, **kwargs):
-    pin = args.pin_mem and args.device != "cpu"
-    return DataLoader(
-        dataset, batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin,
-        worker_init_fn=utils.restore_signals, **kwargs,
-    )  # fmt: skip
+    share = order[utils.rank() :: utils.world_size()].tolist()
+    return ImageLoader(images, transform, args, drop_last=False, sampler=share)
 
 
 def make_mixup(args, classes):

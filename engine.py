@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import utils
+from datasets import report_bad_images
 from models.vit import set_widths
 from utils import say
 
@@ -97,6 +98,7 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, draw=None, teache
             if stop:
                 raise utils.Interrupted
             save()
+    report_bad_images(loader, f"epoch {epoch}")
     figures = {"loss": run.mean_loss(), "lr": run.optimizer.param_groups[0]["lr"]}
     return figures | ({"skipped": run.skipped} if run.skipped else {})
 
@@ -159,6 +161,7 @@ def evaluate(model, loader, device, amp="none"):
         n = len(labels)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack((loss, top1 * n, top5 * n, torch.tensor(float(n), device=device)))
+    report_bad_images(loader, "evaluate")
     rate = utils.all_reduce_sum(torch.tensor(sums[3].item() / max(seconds, 1e-9), dtype=torch.float64, device=device))
     loss, top1, top5, n = utils.all_reduce_sum(sums).tolist()
     return {"loss": loss / n, "top1": top1 / n, "top5": top5 / n, "images": int(n), "images_per_s": rate.item()}
@@ -203,6 +206,7 @@ def branch_removal(model, loader, device, measure="cost", amp="none"):
     finally:
         model.blocks = nn.Sequential(*blocks)
         model.train(training)
+    report_bad_images(loader, "sensitivity")
     count = utils.all_reduce_sum(torch.tensor(float(n), dtype=torch.float64, device=device))
     value, *without = (utils.all_reduce_sum(sums) / count).tolist()
     return value, without

@@ -13,12 +13,12 @@ from options import add_budget_options, add_training_options, stage_parser
 from utils import InputError, human, say
 
 
-def get_args():
+def get_args(argv=None):
     parser = stage_parser(__doc__)
     add_budget_options(parser, several=False)
     add_training_options(parser, epochs=30, lr=5e-5, min_lr=1e-6, warmup_epochs=0)
     parser.add_argument_group("output").add_argument("--output_dir", default=None, help="output/finetune/<model>")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def peel_one(path, content, args, device):

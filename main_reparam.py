@@ -24,7 +24,7 @@ REPORTED = ("model", "input_size", "pretrained", "basis", "mlp_order", "objectiv
 TOLERANCE = 1e-4
 
 
-def get_args():
+def get_args(argv=None):
     parser = stage_parser(__doc__)
     add_proxy_options(parser)
     group = parser.add_argument_group("reparameterisation")
@@ -38,7 +38,7 @@ def get_args():
     switch(group, "compensation", True, "also write statistics.safetensors and mask_table.json, for cutting at once")
     group.add_argument("--drop_ratio", type=fraction, default=0.875, help="share of MACs gone at the table's last step")
     group.add_argument("--output_dir", default=None, help="output/reparam/<model>")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @torch.inference_mode()
@@ -63,6 +63,8 @@ def build_model(args):
         classes = datasets.count_classes(images) or default_num_classes(args.model)
     if not classes and args.objective == "label":
         raise InputError("--nb_classes 0: without a classifier there are no logits to measure; use --objective feature")
+    if args.objective == "label":
+        datasets.check_classes(images, classes, f"--nb_classes {args.nb_classes}")
     spec = ModelSpec(args.model, classes, args.input_size)
     model, remarks = load_pretrained(spec, args.pretrained)
     for remark in remarks:
@@ -104,19 +106,21 @@ def main(args):
     say(f"measuring {args.model} on {args.proxy_samples} images ({args.objective} objective)")
     objective = OBJECTIVES[args.objective]
     statistics = collect_statistics(model, loader, objective, device, hidden=args.compensation, amp=args.amp)
+    datasets.report_bad_images(loader, "proxy set")
     results = reparameterise(model, statistics, args.basis, args.mlp_order)
     difference = full_width_difference(original, model, loader, device)
     say(f"full-width logits differ by {difference:.1e} (tolerance {TOLERANCE:.0e})")
     if not difference <= TOLERANCE:
         raise InputError(f"--basis {args.basis} changes this network's output by {difference:.1e}: nothing was written")
 
+    # Before anything is written: --drop_ratio may be out of reach.
+    table = width_table(model, spec, results, args.drop_ratio) if args.compensation else None
     weights = output / store.WEIGHTS_NAME
     utils.save_torch({name: value.cpu() for name, value in model.state_dict().items()}, weights)
     report = {name: value for name, value in vars(args).items() if name in REPORTED}
     report |= {"num_classes": spec.num_classes, "full_width_difference": difference}
-    if args.compensation:
+    if table:
         save_memory(results, model, output / MEMORY_NAME)
-        table = width_table(model, spec, results, args.drop_ratio)
         utils.save_text(table.to_json(), output / store.TABLE_NAME)
         report["errors"] = [{"attn": r.attn_error.tolist(), "mlp": r.mlp_error.tolist()} for r in results]
         for index, errors in enumerate(report["errors"]):

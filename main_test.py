@@ -23,7 +23,7 @@ from utils import InputError, say
 DEFAULT_LADDER = tuple(Budget("macs_ratio", share) for share in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6))
 
 
-def get_args():
+def get_args(argv=None):
     parser = stage_parser(__doc__)
     add_budget_options(parser, several=True)
     group = parser.add_argument_group("output")
@@ -35,7 +35,7 @@ def get_args():
     )  # fmt: skip
     group.add_argument("--benchmark", action="store_true", help="measure latency and images/s in turns")
     group.add_argument("--plot", action="store_true", help="draw costs, kept widths and where the knowledge lies")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def budgets(args):
@@ -126,7 +126,9 @@ def cut(net, widths, args, device):
         datasets.load_images(args, train=True),
         datasets.eval_transform(args, datasets.data_config(network)),
     )
-    batches = list(datasets.proxy_loader(images, transform, args, args.calibrate))
+    loader = datasets.proxy_loader(images, transform, args, args.calibrate)
+    batches = list(loader)
+    datasets.report_bad_images(loader, "calibration")
     return calibrate(network.to(device), net.model.to(device), batches, OBJECTIVES["feature"], device)
 
 

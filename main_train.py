@@ -13,7 +13,7 @@ from models import piad, store
 from models.cost import Shapes, measured_unit_costs
 from models.distillation import Distillation, load_teacher
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import ModelSpec, as_supernet, full_widths, load_weights, read_checkpoint, set_widths
+from models.vit import ModelSpec, as_supernet, classes_of, full_widths, load_weights, read_checkpoint, set_widths
 from models.width_table import WidthTable
 from options import add_distillation_options, add_piad_options, add_proxy_options, add_training_options, stage_parser
 from utils import InputError, RanksDisagree, human, say
@@ -21,7 +21,7 @@ from utils import InputError, RanksDisagree, human, say
 # The paper's recipe, and what replaced it where that won (docs/stage2.md).
 RECIPES = {
     "paper": {"mask_table": "none", "sampling": "uniform"},
-    "ours": {"mask_table": "auto", "sampling": "macs"},
+    "ours": {"mask_table": "auto", "sampling": "uniform"},
 }
 
 
@@ -34,7 +34,7 @@ def get_args(argv=None):
     group = parser.add_argument_group("files")
     group.add_argument("--pretrained", default=None, help="weights of stage 1; output/reparam/<model>/reparamed.pth")
     group.add_argument("--output_dir", default=None, help="output/peelable/<model>")
-    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
+    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     return parser.parse_args(argv)
 
 
@@ -48,9 +48,10 @@ def build(args, device):
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
     state = read_checkpoint(path)["model"]
-    classes = args.nb_classes or datasets.count_classes(images) or len(state.get("head.weight", ()))
+    classes = args.nb_classes or datasets.count_classes(images) or classes_of(state)
     if not classes:
         raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb_classes")
+    datasets.check_classes(images, classes, f"--nb_classes {args.nb_classes}")
     spec = ModelSpec(args.model, classes, args.input_size)
     model = spec.build(drop_path_rate=args.drop_path)
     remarks = load_weights(model, state, path, replace_head=True)
@@ -182,7 +183,10 @@ def main(args):
     test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run, shapes = Run(model, args, device, len(train)), Shapes.of(model)
-    table, unit_costs = first_table(args, model), measure_unit_costs(args, model, shapes, device)
+    table = first_table(args, model)
+    if not args.mask_table:
+        piad.check_reachable(table.steps[0], shapes.macs, shapes.macs(table.steps[0]) * (1 - args.drop_ratio))
+    unit_costs = measure_unit_costs(args, model, shapes, device)
     checkpoint = to_resume(args.resume, output)
     if checkpoint:
         content = run.restore(checkpoint)
@@ -196,8 +200,6 @@ def main(args):
 
     def draw_of(epoch):
         grow_table(model, table, shapes, proxy, epoch, unit_costs, args, device)
-        table.meta = store.table_meta(spec, shapes, table)
-        utils.save_text(table.to_json(), output / store.TABLE_NAME)
         return make_draw(table, shapes, args)
 
     def score():
@@ -206,6 +208,9 @@ def main(args):
         return accuracies | {"steps": table.last}, mean if is_complete(table, shapes, args) else None
 
     def extra():
+        """What the checkpoint of a super-network holds besides; the table goes beside it as well."""
+        table.meta = store.table_meta(spec, shapes, table)
+        utils.save_text(table.to_json(), output / store.TABLE_NAME)
         return {"mask_table": table.to_json(), "unit_costs": unit_costs}
 
     fit(run, train, criterion, output, score, mixup, teacher, draw_of, extra)

@@ -1,6 +1,24 @@
 """Command-line options that several stages share, with DeiT's names and defaults."""
 
-from utils import StageParser, fraction, non_negative_int, positive_int, quantity
+import torch
+from timm.data import create_transform
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from utils import (
+    InputError,
+    StageParser,
+    device_name,
+    fraction,
+    interval,
+    non_negative_int,
+    positive_int,
+    probability,
+    quantity,
+)
+
+# timm's, less those that wait for an accuracy or do nothing.
+SCHEDULERS = ["cosine", "tanh", "step", "multistep", "poly"]
 
 
 def stage_parser(description):
@@ -20,13 +38,18 @@ def stage_parser(description):
         "name for timm's create_dataset",
     )  # fmt: skip
     group.add_argument("--batch_size", type=positive_int, default=64, help="images per rank and step")
-    group.add_argument("--eval_crop_ratio", type=fraction, default=0.875, help="centre crop / resized image")
-    group.add_argument("--num_workers", type=non_negative_int, default=10, help="data loading processes per rank")
+    group.add_argument(
+        "--eval_crop_ratio", type=interval("[0.1, 1]"), default=0.875, help="centre crop / resized image"
+    )
+    group.add_argument(
+        "--num_workers", type=interval("[0, 1024]", int), default=10, help="data loading processes per rank"
+    )
+    group.add_argument("--skip_bad_images", action="store_true", help="go on without images that cannot be read")
     switch(group, "pin_mem", True, "pin memory for faster copies to the GPU")
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--device", type=device_name, default="auto", help="auto, cpu or cuda")
     group.add_argument("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="autocast type")
-    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random")
+    group.add_argument("--seed", type=interval("[0, 4294967295]", int), default=0, help="seed of everything random")
     return parser
 
 
@@ -49,33 +72,35 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training set")
     group.add_argument("--opt", default="adamw", help="a timm optimiser")
-    group.add_argument("--lr", type=float, default=lr, help="learning rate for a batch of 512 images")
+    group.add_argument("--lr", type=interval("(0, inf)"), default=lr, help="learning rate for a batch of 512 images")
     group.add_argument("--unscale_lr", action="store_true", help="take --lr as it is, whatever the batch")
-    group.add_argument("--weight_decay", type=float, default=0.05)
+    group.add_argument("--weight_decay", type=interval("[0, inf)"), default=0.05)
     group.add_argument("--accum_iter", type=positive_int, default=1, help="batches whose gradients make one update")
-    group.add_argument("--clip_grad", type=float, default=None, help="largest gradient norm; None for no clipping")
-    group.add_argument("--sched", default="cosine", help="a timm scheduler")
+    group.add_argument(
+        "--clip_grad", type=interval("(0, inf)"), default=None, help="largest gradient norm; None for no clipping"
+    )
+    group.add_argument("--sched", default="cosine", choices=SCHEDULERS, help="a timm scheduler")
     group.add_argument("--warmup_epochs", type=non_negative_int, default=warmup_epochs)
-    group.add_argument("--warmup_lr", type=float, default=1e-6)
-    group.add_argument("--min_lr", type=float, default=min_lr)
-    group.add_argument("--drop_path", type=float, default=0.1, help="largest stochastic depth rate")
+    group.add_argument("--warmup_lr", type=interval("[0, inf)"), default=1e-6)
+    group.add_argument("--min_lr", type=interval("[0, inf)"), default=min_lr)
+    group.add_argument("--drop_path", type=interval("[0, 1)"), default=0.1, help="largest stochastic depth rate")
     switch(group, "model_ema", True, "keep averaged weights")
-    group.add_argument("--model_ema_decay", type=float, default=0.99996, help="decay per step")
+    group.add_argument("--model_ema_decay", type=interval("[0, 1)"), default=0.99996, help="decay per step")
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
-    group.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
-    group.add_argument("--color_jitter", type=float, default=0.3)
+    group.add_argument("--scale", type=fraction, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
+    group.add_argument("--hflip", type=probability, default=0.5, help="probability of a horizontal flip")
+    group.add_argument("--color_jitter", type=interval("[0, inf)"), default=0.3)
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy; '' for none")
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--smoothing", type=interval("[0, 1)"), default=0.1, help="label smoothing")
     group.add_argument("--train_interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"])
     switch(group, "repeated_aug", True, "three augmentations of a third of the images per epoch")
-    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
+    group.add_argument("--reprob", type=probability, default=0.25, help="probability of random erasing")
     group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
     group.add_argument("--recount", type=positive_int, default=1)
-    group.add_argument("--mixup", type=float, default=0.8, help="alpha; 0 for none")
-    group.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0 for none")
-    group.add_argument("--mixup_prob", type=float, default=1.0)
-    group.add_argument("--mixup_switch_prob", type=float, default=0.5)
+    group.add_argument("--mixup", type=interval("[0, inf)"), default=0.8, help="alpha; 0 for none")
+    group.add_argument("--cutmix", type=interval("[0, inf)"), default=1.0, help="alpha; 0 for none")
+    group.add_argument("--mixup_prob", type=probability, default=1.0)
+    group.add_argument("--mixup_switch_prob", type=probability, default=0.5)
     group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -94,6 +119,39 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
         "--skip_nonfinite", type=non_negative_int, default=0, help="updates to leave out for a loss that is not finite"
     )
     group.add_argument("--eval_period", type=positive_int, default=1, help="epochs between two evaluations")
+    parser.checks.append(check_training)
+
+
+def check_training(args):
+    """Raise InputError if the training options contradict each other, or name what timm does not have."""
+    if args.nb_classes == 0:
+        raise InputError("--nb_classes 0: training needs a classifier; give the number of classes, or leave it out")
+    if args.warmup_epochs > args.epochs:
+        raise InputError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.min_lr > args.lr:
+        raise InputError(f"--min_lr {args.min_lr:g} is more than --lr {args.lr:g}, from which the rate falls to it")
+    if args.scale[0] > args.scale[1]:
+        raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the smaller share of the area comes first")
+    if args.batch_size == 1 and (args.mixup > 0 or args.cutmix > 0):
+        raise InputError("--batch_size 1: mixup and cutmix pair images; take at least 2, or --mixup 0 --cutmix 0")
+    try:
+        parameters = [nn.Parameter(torch.zeros(1))]
+        optimizer = create_optimizer_v2(parameters, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
+    except Exception as error:  # an unknown name, a missing package, a rate that the optimiser refuses
+        raise InputError(f"--opt {args.opt}: {_reason(error)}; timm.optim.list_optimizers() names them all") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--opt {args.opt}: needs second derivatives, which are not computed; adamw does without")
+    try:
+        create_transform(32, is_training=True, auto_augment=args.aa or None)
+    except Exception as error:  # timm's policy parser fails in whatever way the text makes it
+        raise InputError(
+            f"--aa {args.aa}: not a policy of timm's ({_reason(error)}); rand-m9-mstd0.5-inc1, augmix-m3-w3, original "
+            "and v0 are some, '' is none"
+        ) from None
+
+
+def _reason(error):
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def add_distillation_options(parser):
@@ -103,9 +161,18 @@ def add_distillation_options(parser):
         help="targets beside the labels: of a frozen teacher, or of the full network of the same step",
     )  # fmt: skip
     group.add_argument("--distillation_alpha", type=fraction, default=0.5, help="share of the teacher in the loss")
-    group.add_argument("--distillation_tau", type=float, default=1.0, help="temperature of soft targets")
+    group.add_argument("--distillation_tau", type=interval("(0, inf)"), default=1.0, help="temperature of soft targets")
     group.add_argument("--teacher_model", default=None, help="any timm model; the starting network itself")
     group.add_argument("--teacher_path", default=None, help="weights of --teacher_model; timm's hub")
+    parser.checks.append(check_distillation)
+
+
+def check_distillation(args):
+    """Raise InputError if there is a teacher and no use for it."""
+    if args.teacher_model and args.distillation_type not in ("soft", "hard"):
+        raise InputError(f"--teacher_model {args.teacher_model}: add --distillation_type soft or hard")
+    if args.teacher_path and not args.teacher_model:
+        raise InputError(f"--teacher_path {args.teacher_path}: add the --teacher_model that the weights are of")
 
 
 def add_piad_options(parser, recipes):
@@ -158,7 +225,7 @@ def add_budget_options(parser, several):
         metavar="N",
         help="refit each sub-network block by block on N training images; their labels are not used",
     )
-    group.add_argument("--op_code", type=int, nargs=nargs, help="step of the width table")
+    group.add_argument("--op_code", type=interval("[-1, inf)", int), nargs=nargs, help="step of the width table")
     group.add_argument("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
     group.add_argument("--macs_ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")
     group.add_argument("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")

@@ -6,16 +6,18 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import timm.utils
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 
 class InputError(ValueError):
@@ -34,10 +36,27 @@ class RanksDisagree(RuntimeError):
 
 
 class StageParser(argparse.ArgumentParser):
-    """An ArgumentParser that reads ``--batch-size`` (DeiT's spelling) and ``--batch_size`` alike."""
+    """An ArgumentParser that reads ``--batch-size`` (DeiT's spelling) and ``--batch_size`` alike.
+
+    ``checks``: functions of the parsed arguments that raise InputError where flags contradict each other. Whatever is
+    wrong with a command line becomes one line and exit code 2.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        self.checks = []
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        try:
+            for check in self.checks:
+                check(parsed)
+        except InputError as error:
+            self.error(str(error))
+        return parsed
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help explains every flag\n")
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -51,28 +70,29 @@ def _underscored(word):
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def interval(bounds, kind=float):
+    """argparse type: a number of ``kind`` within ``bounds``, written as in mathematics: '[0, 1)', '(0, inf)'."""
+    low, high = (float(bound) for bound in bounds[1:-1].split(","))
+    noun = "an integer" if kind is int else "a number"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        above = value > low or (value == low and bounds[0] == "[")
+        below = value < high or (value == high and bounds[-1] == "]")
+        if not (above and below):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} in {bounds}")
+        return value
+
+    return parse
 
 
-def non_negative_int(text):
-    """argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return value
-
-
-def fraction(text):
-    """argparse type: a float in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return value
+positive_int = interval("[1, inf)", int)
+non_negative_int = interval("[0, inf)", int)
+fraction = interval("(0, 1]")
+probability = interval("[0, 1]")
 
 
 def quantity(text):
@@ -86,6 +106,13 @@ def quantity(text):
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not positive and finite")
     return value
+
+
+def device_name(text):
+    """argparse type: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose auto, cpu, cuda or cuda:N")
+    return text
 
 
 def human(value):
@@ -165,10 +192,14 @@ def choose_device(name, flag):
     """The torch.device that ``flag`` names. Raises InputError if there is no such device here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda"):
         raise InputError(f"{flag} {name}: choose auto, cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    visible = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and not visible:
         raise InputError(f"{flag} {name}: no CUDA device is visible here; use {flag} cpu")
+    if index and int(index) >= visible:
+        raise InputError(f"{flag} {name}: cuda:0 to cuda:{visible - 1} are visible here")
     return torch.device(name)
 
 
@@ -206,10 +237,7 @@ def all_reduce_max(tensor):
 
 def all_the_same(text):
     """Whether every rank has the same ``text``, by a digest of it. To be called by all ranks."""
-    digests = [hashlib.sha256(text.encode()).hexdigest()] * world_size()
-    if is_distributed():
-        dist.all_gather_object(digests, digests[0])
-    return len(set(digests)) == 1
+    return len(set(gather(hashlib.sha256(text.encode()).hexdigest()))) == 1
 
 
 def from_main(compute):
@@ -218,6 +246,15 @@ def from_main(compute):
     if is_distributed():
         dist.broadcast_object_list(results)
     return results[0]
+
+
+def gather(thing):
+    """What every rank gave, any picklable thing, as a list by rank. To be called by all ranks."""
+    things = [thing]
+    if is_distributed():
+        things = [None] * world_size()
+        dist.all_gather_object(things, thing)
+    return things
 
 
 def barrier():
@@ -278,17 +315,28 @@ def resolve_amp(amp, device):
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary path beside ``path``; on success flush it and rename it, else remove it."""
+    """Yield a temporary path beside ``path``; on success flush it and rename it, else remove it.
+
+    Raises InputError if the file system refuses: it is full, or read-only.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def unwritable(path, error):
+    """The InputError for a file or folder that cannot be written."""
+    return InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
 
 
 def save_torch(obj, path):
@@ -297,12 +345,14 @@ def save_torch(obj, path):
     Raises InputError if it cannot be written, for example because the disk is full.
     """
     if is_main():
-        try:
-            with whole_file(path) as temporary:
-                torch.save(obj, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError for a full disk
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: could not be written ({reason}); what was there before is untouched") from None
+        # Through a file of ours: torch's own reports a full disk as an error of its archive.
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(obj, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 def save_text(text, path):
@@ -315,8 +365,11 @@ def save_text(text, path):
 def append_json_line(record, path):
     """Append one JSON object as a line, DeiT's log format. Main rank only."""
     if is_main():
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise unwritable(path, error) from None
 
 
 def output_folder(path, flag="--output_dir"):
@@ -326,12 +379,14 @@ def output_folder(path, flag="--output_dir"):
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f".write_test.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            try:
+                probe.write_bytes(bytes(4096))  # an empty file fits onto a full disk
+            finally:
+                probe.unlink(missing_ok=True)
             for leftover in path.glob(".*.part"):  # of a run that was killed while writing
                 leftover.unlink()
         except OSError as error:
-            raise InputError(f"{flag} {path}: cannot be written to ({error.strerror})") from None
+            raise unwritable(f"{flag} {path}", error) from None
     barrier()
     return path
 

@@ -11,7 +11,7 @@ e_j = |G^(1/2) (W2 F)_j|^2. Attention needs no solve: its dimensions are uncorre
 """
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -265,7 +265,21 @@ def load_memory(path, model):
         raise InputError(f"{path}: not a readable statistics file ({error})") from None
     if owner != _digest(model):
         raise InputError(f"{path}: measured on other weights than these; use --no_compensate, or run stage 1 again")
-    names = [field.name for field in fields(BlockMemory)]
-    return [
-        BlockMemory(**{name: tensors[f"blocks.{index}.{name}"] for name in names}) for index in range(len(model.blocks))
-    ]
+    try:
+        return [_block_memory(tensors, index, block) for index, block in enumerate(model.blocks)]
+    except KeyError as error:
+        raise InputError(f"{path}: member {error} is missing; run stage 1 again") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; run stage 1 again") from None
+
+
+def _block_memory(tensors, index, block):
+    """The BlockMemory of one block. Raises ValueError for a tensor of another shape or with NaN in it."""
+    dim, hidden = block.mlp.fc2.weight.shape
+    shapes = {"factor": (hidden, hidden), "hidden_mean": (hidden,), "attn_mean": (dim,), "mlp_mean": (dim,)}
+    shapes |= {"attn_error": (block.attn.qkv.width,), "mlp_error": (hidden,)}
+    found = {name: tensors[f"blocks.{index}.{name}"] for name in shapes}
+    for name, tensor in found.items():
+        if tensor.shape != shapes[name] or not torch.isfinite(tensor).all():
+            raise ValueError(f"blocks.{index}.{name} is not {shapes[name]} finite numbers")
+    return BlockMemory(**found)

@@ -61,10 +61,10 @@ def describe(spec, widths):
     return asdict(spec) | {"widths": widths.as_dict()}
 
 
-def build(description, input_size=None, **kwargs):
+def build(description, source, input_size=None, **kwargs):
     """The peeled network of ``describe`` without its weights, for images of ``input_size`` pixels if that is given.
 
-    Returns (network, spec, widths). Raises InputError if it is no description, or its widths do not fit the model.
+    Returns (network, spec, widths). Raises InputError, with the name ``source``, if it describes none.
     """
     try:
         widths = Widths.from_dict(description["widths"])
@@ -73,10 +73,10 @@ def build(description, input_size=None, **kwargs):
         network = as_supernet(spec.build(**kwargs))
         set_widths(network, widths)  # refuses widths that do not fit
         narrow(network, widths.attn, widths.mlp)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"not a description of a peeled network: {error!r}") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever stands there goes through timm and torch
+        raise InputError(f"{source}: member 'peeled' describes no network ({type(error).__name__}: {error})") from None
     return network, spec, widths
 
 
@@ -85,6 +85,6 @@ def load_peeled(content, source, input_size=None, **kwargs):
 
     ``content``: its weights as ``model``, its description as ``peeled``. Returns (network, spec, widths).
     """
-    network, spec, widths = build(content["peeled"], input_size, **kwargs)
+    network, spec, widths = build(content["peeled"], source, input_size, **kwargs)
     load_weights(network, content["model"], source)
     return network, spec, widths

@@ -5,11 +5,12 @@ of the hidden width. Paper, section on PIAD.
 """
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import torch
 
-from models.width_table import Widths
+from models.width_table import Widths, branch_names
 from utils import InputError, keyed_generator
 
 ATTN_GROUPS, MLP_GROUPS = 8, 32
@@ -26,7 +27,7 @@ class Groups:
     def of(cls, full):
         """The groups of a network of full Widths ``full``. Raises InputError if they do not divide its widths."""
         head_width, hidden = full.attn[0], full.mlp[0]
-        if head_width % ATTN_GROUPS or hidden % MLP_GROUPS:
+        if not (head_width and hidden) or head_width % ATTN_GROUPS or hidden % MLP_GROUPS:
             raise InputError(
                 f"head width {head_width} and hidden width {hidden} must be multiples of {ATTN_GROUPS} and {MLP_GROUPS}"
             )
@@ -35,6 +36,17 @@ class Groups:
     def size(self, branch):
         """The unit of branch ``branch`` of Widths.flat: even are attention, odd are MLP."""
         return self.attn if branch % 2 == 0 else self.mlp
+
+    def counts(self, widths):
+        """The units that ``widths`` keeps of each of the 2L branches. Raises InputError if it keeps part of one, as
+        the table of another tool may."""
+        for branch, width in enumerate(widths.flat):
+            if width % self.size(branch):
+                raise InputError(
+                    f"the width {width} of '{branch_names(len(widths.attn))[branch]}' is not a multiple of "
+                    f"{self.size(branch)}, the dimensions that are dropped together"
+                )
+        return [width // self.size(branch) for branch, width in enumerate(widths.flat)]
 
 
 def sensitivity(cost, costs_without):
@@ -52,15 +64,15 @@ def unit_importance(gammas, statistics, widths, groups, unit_costs):
         gammas: 2L module sensitivities, order of Widths.flat.
         statistics: L BlockStatistics measured at ``widths``; alpha is the share of their Taylor sums.
         unit_costs: what one dimension of all heads and one hidden unit cost, (attention, MLP): MACs, or seconds.
-    Returns 2L lists, first unit first; empty where the branch is gone.
+    Returns 2L lists, first unit first; empty where the branch is gone. Raises InputError as ``Groups.counts``.
     """
-    importance = []
+    importance, counts = [], groups.counts(widths)
     for branch, gamma in enumerate(gammas):
         sums = statistics[branch // 2]
         taylor = sums.taylor_attn.sum((0, 1)) if branch % 2 == 0 else sums.taylor_mlp
         alpha = taylor / taylor.sum().clamp(min=torch.finfo(taylor.dtype).tiny)
         size = groups.size(branch)
-        shares = alpha.unflatten(0, (widths.flat[branch] // size, size)).sum(1)
+        shares = alpha.unflatten(0, (counts[branch], size)).sum(1)
         importance.append((gamma * shares / (size * unit_costs[branch % 2])).tolist())
     return importance
 
@@ -100,6 +112,17 @@ def drop_order(importance):
     return [(total / size, size) for total, size in reversed(pools)]
 
 
+def check_reachable(full, cost, target):
+    """Raise InputError if even the network of full Widths ``full`` without any branch costs more than ``target``."""
+    left = cost(Widths((0,) * len(full.attn), (0,) * len(full.mlp)))
+    if left > target:
+        left /= cost(full)
+        raise InputError(
+            f"--drop_ratio leaves {target / cost(full):.3f} of the MACs; without any branch {left:.3f} are left, "
+            f"so it must be below {1 - left:.3f}"
+        )
+
+
 def grow(steps, importance, groups, cost, target):
     """Append steps to the dropout list until ``cost`` of the last one is at most ``target``.
 
@@ -107,15 +130,15 @@ def grow(steps, importance, groups, cost, target):
         steps: list of Widths, extended in place; what it holds already never changes.
         importance: 2L lists from ``unit_importance`` at ``steps[-1]``.
         cost: function of Widths, in MACs.
-    Raises InputError if even the network without any branch costs more than the target.
+    Raises InputError if even the network without any branch costs more than the target, or if an importance is not
+    finite; ValueError if the importance is not that of the last step.
     """
-    smallest = Widths((0,) * len(steps[0].attn), (0,) * len(steps[0].mlp))
-    if cost(smallest) > target:
-        left = cost(smallest) / cost(steps[0])
-        raise InputError(
-            f"--drop_ratio leaves {target / cost(steps[0]):.3f} of the MACs; without any branch {left:.3f} are left, "
-            f"so it must be below {1 - left:.3f}"
-        )
+    check_reachable(steps[0], cost, target)
+    if [len(units) for units in importance] != groups.counts(steps[-1]):
+        raise ValueError(f"importance of {[len(units) for units in importance]} units for the widths {steps[-1]}")
+    for branch, units in enumerate(importance):
+        if not all(math.isfinite(value) for value in units):
+            raise InputError(f"block {branch // 2}: the importance of a unit is NaN or infinite")
     queues = [drop_order(units) for units in importance]
     heap = [(queue[0][0], branch, 0) for branch, queue in enumerate(queues) if queue]
     heapq.heapify(heap)

@@ -285,11 +285,13 @@ def collect_statistics(model, batches, objective, device, moments=True, hidden=F
             parameter.requires_grad_(flag)
         model.train(training)
     if utils.all_reduce_sum(seen) == 0:
-        raise InputError("the proxy set is empty; --proxy_samples counts its images")
+        raise InputError("there is no proxy image that can be read; --proxy_samples counts them")
     for index, tap in enumerate(taps):
         tap.sums.all_reduce()
         if not all(torch.isfinite(s).all() for s in (tap.sums.taylor_attn, tap.sums.taylor_mlp)):
-            raise InputError(f"block {index}: activations or gradients on the proxy set are NaN or infinite")
+            raise InputError(
+                f"block {index}: activations or gradients on the proxy set are NaN or infinite: check the weights"
+            )
     return [tap.sums for tap in taps]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from models import peel, subnetwork
 from models.compensation import MEMORY_NAME, compensate, load_memory
 from models.cost import MATMULS, Shapes
-from models.vit import ALIASES, ModelSpec, as_supernet, full_widths, load_weights, read_checkpoint
+from models.vit import ALIASES, ModelSpec, as_supernet, classes_of, full_widths, load_weights, read_checkpoint
 from models.width_table import WidthTable
 from utils import InputError
 
@@ -98,7 +98,8 @@ def load_supernet(
 
     ``content``: the checkpoint, if it has been read already. The model's name comes from ``model``, else from the
     table's meta, the checkpoint's args or the folder's name. ``compensate``: True, False, or None for whenever there
-    are statistics. ``kwargs`` go to timm, e.g. drop_path_rate. Raises InputError if the files do not belong together.
+    are statistics, or ``statistics`` names them. ``kwargs`` go to timm, e.g. drop_path_rate. Raises InputError if the
+    files do not belong together.
     """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     content = content or read_checkpoint(path)
@@ -111,13 +112,15 @@ def load_supernet(
     state = content["model_ema"] if use_ema else content["model"]
     spec = ModelSpec(
         name=model or _model_name(table, content, path),
-        num_classes=len(state.get("head.weight", ())),
-        img_size=input_size or table.meta.get("img_size"),
+        num_classes=classes_of(state),
+        img_size=input_size or _image_size(table),
     )
     network = spec.build(**kwargs)
     load_weights(network, state, path)
     as_supernet(network)
     table.check_fits(full_widths(network), table_path)
+    if statistics and compensate is None:
+        compensate = True
     memory = _memory(network, Path(statistics or path.parent / MEMORY_NAME), compensate)
     return SuperNet(network, spec, table, Shapes.of(network), path, memory)
 
@@ -151,10 +154,17 @@ def _memory(network, path, wanted):
 def _model_name(table, content, path):
     saved = content.get("args")
     folder = path.parent.name if path.parent.name in ALIASES else None
-    name = table.meta.get("model") or (isinstance(saved, argparse.Namespace) and saved.model) or folder
+    said = (table.meta.get("model"), isinstance(saved, argparse.Namespace) and getattr(saved, "model", None), folder)
+    name = next((name for name in said if name and isinstance(name, str)), None)
     if not name:
         raise InputError(f"{path}: does not say which model it is; give --model")
     return name
+
+
+def _image_size(table):
+    """The image size in the table's meta, which is the user's to edit: None if it is no size."""
+    size = table.meta.get("img_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def table_meta(spec, shapes, table):

@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,9 @@ class ModelSpec:
         model = timm.create_model(timm_name, **arguments)
         if not isinstance(model, VisionTransformer):
             raise InputError(f"--model {self.name}: a {type(model).__name__}; supported is timm's VisionTransformer")
+        patch = model.patch_embed.feat_ratio(as_scalar=True)
+        if self.img_size is not None and self.img_size % patch:
+            raise InputError(f"--input_size {self.img_size}: not a multiple of the model's patches of {patch} pixels")
         return model
 
 
@@ -84,23 +89,60 @@ def read_checkpoint(path):
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
+            _check_sums(path)
             # Published checkpoints hold their argparse.Namespace, which a weights-only load does not know by itself.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: refused, it holds more than weights and plain values ({reason})") from None
+        # torch's advice, to load it regardless, is left out.
+        reason = re.search(r"GLOBAL \S+|Unsupported operand \d+", str(error))
+        raise InputError(
+            f"{path}: refused, it holds more than weights and plain values ({reason[0] if reason else 'a pickle'})"
+        ) from None
     except Exception as error:  # safetensors and torch raise a dozen kinds for a damaged file
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__} {error}".split("\n")[0].split(". ")[0].strip()
+        raise InputError(
+            f"{path}: not a readable checkpoint ({reason}); expected a file of torch.save, or .safetensors"
+        ) from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
     if "model" not in content:
         content = {"model": content.get("state_dict", content)}
-    if not content["model"] or not all(isinstance(value, torch.Tensor) for value in content["model"].values()):
-        raise InputError(f"{path}: no state dict found; expected a 'model' member or a bare dict of tensors")
-    content["model"] = {name.removeprefix("module."): value for name, value in content["model"].items()}
+    for member in ("model", "model_ema"):
+        if member == "model" or content.get(member) is not None:
+            content[member] = _state_dict(content[member], member, path)
     return content
+
+
+def _state_dict(state, member, path):
+    """``state`` without the prefix of a wrapped model. Raises InputError if it is none."""
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
+    ):
+        raise InputError(f"{path}: no state dict found; expected a '{member}' member or a bare dict of tensors")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _check_sums(path):
+    """Raise InputError if a checksum in a torch.save archive does not hold: torch.load itself does not look at them.
+
+    torch.save can be told to leave them out (set_crc32_options), and files of torch before 1.6 are no archives.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() if any(info.CRC for info in archive.infolist()) else None
+        if damaged:
+            raise InputError(f"{path}: damaged, the checksum of its member {damaged} is wrong; fetch or copy it again")
+
+
+def classes_of(state):
+    """The number of classes of a state dict's classifier, 0 without one."""
+    weight = state.get("head.weight")
+    return len(weight) if weight is not None and weight.ndim else 0
 
 
 def load_weights(model, state, source, replace_head=False):
@@ -110,11 +152,14 @@ def load_weights(model, state, source, replace_head=False):
     errors. Returns a list of remarks for the user. Raises InputError if names or shapes do not fit.
     """
     if isinstance(model, VisionTransformer):
-        state = checkpoint_filter_fn(dict(state), model)
+        try:
+            state = checkpoint_filter_fn(dict(state), model)
+        except Exception as error:  # it reshapes by name, and fails in whatever way another network's tensors make it
+            raise InputError(f"{source}: does not fit the model ({type(error).__name__}: {error})") from None
     own, remarks = model.state_dict(), []
     head, own_head = ({n: v for n, v in s.items() if n.startswith(("head.", "head_dist."))} for s in (state, own))
     if replace_head and {n: v.shape for n, v in head.items()} != {n: v.shape for n, v in own_head.items()}:
-        was = f"has {len(head['head.weight'])} classes" if "head.weight" in head else "is not there"
+        was = f"has {classes_of(head)} classes" if "head.weight" in head else "is not there"
         now = f"replaced by a new one for {model.num_classes}" if own_head else "left out"
         remarks.append(f"the classifier of {source} {was}: {now}")
         state = {name: value for name, value in state.items() if name not in head} | own_head

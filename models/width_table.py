@@ -10,6 +10,7 @@ from utils import InputError, human
 FORMAT_VERSION = 1
 # A budget this little above the full network still asks for the full network: printed figures are rounded.
 BUDGET_SLACK = 1.005
+BUDGET_KINDS = ("op_code", "macs", "macs_ratio", "params")
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class WidthTable:
         """Parse ``mask_table.json``. ``source`` is named in errors. Raises InputError if it is not a valid table."""
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:  # besides bad syntax: a number of 5,000 digits, 10,000 brackets
+            raise InputError(f"{source}: not JSON ({str(error).splitlines()[0]})") from None
         if not isinstance(content, dict):
             raise InputError(f"{source}: expected one object with members '0.attn', '0.mlp', ...")
         meta = content.pop("meta", {})
@@ -89,13 +90,21 @@ class WidthTable:
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such file; the width table lies beside the checkpoint as mask_table.json")
-        return cls.from_json(path.read_text(errors="replace"), path)
+        try:
+            text = path.read_text(errors="replace")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        return cls.from_json(text, path)
 
     def check_fits(self, full, source):
         """Raise InputError unless the table starts at the widths ``full`` of the model it is used with."""
         if self.steps[0] != full:
             depth, own = len(self.steps[0].attn), len(full.attn)
-            what = f"{depth} blocks, the model {own}" if depth != own else f"{self.steps[0]}, the model {full}"
+            what = f"{depth} blocks, the model {own}"
+            if depth == own:
+                pairs = zip(branch_names(depth), self.steps[0].flat, full.flat, strict=True)
+                name, width, expected = next(pair for pair in pairs if pair[1] != pair[2])
+                what = f"width {width} for '{name}', the model {expected}"
             raise InputError(f"{source}: made for another model: its step 0 has {what}")
 
 
@@ -134,11 +143,13 @@ class Budget:
     def choose(self, table, shapes, finer=False):
         """The largest sub-network of ``table`` within this budget, a Choice; with ``finer`` as much of what the step
         before it keeps as still fits. Raises InputError with the reachable range."""
+        if self.kind not in BUDGET_KINDS:
+            raise InputError(f"a budget of kind '{self.kind}': choose from {', '.join(BUDGET_KINDS)}")
         if self.kind == "op_code":
             step = table.last if self.value == -1 else self.value
-            if not 0 <= step <= table.last:
+            if step not in range(table.last + 1):
                 raise InputError(f"--op_code {self.value}: steps run from 0 to {table.last} (or -1 for the last)")
-            return Choice(step, table.steps[step])
+            return Choice(int(step), table.steps[int(step)])
         cost = shapes.parameters if self.kind == "params" else shapes.macs
         unit = cost(table.steps[0]) if self.kind == "macs_ratio" else 1
         limit = self.value * unit

@@ -114,7 +114,11 @@ def joint_basis(to, back, proj, output_gram, moment_z):
     change = identity + change.detach()
     if not (weight * prefix_errors(change, kept, gram, moment)).sum() < 1:
         return to, back
-    return _sort_between(kept, change @ to, back @ torch.linalg.inv(change), proj, output_gram, moment_z)
+    refined = _sort_between(kept, change @ to, back @ torch.linalg.inv(change), proj, output_gram, moment_z)
+    # Too few tokens, or all alike, say nothing of what heads share, and leave maps that float32 weights cannot hold.
+    if not (torch.linalg.cond(refined[0]) < EIGENVALUE_FLOOR**-0.5).all():
+        return to, back
+    return refined
 
 
 def _sort_between(bounds, to, back, proj, output_gram, moment_z):

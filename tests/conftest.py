@@ -1,4 +1,6 @@
+import os
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -6,10 +8,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+# Nothing is downloaded, and nothing that was downloaded before is found: the same everywhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "skd_tests_without_a_hub")
 
 from models.vit import as_supernet
 from models.width_table import Widths
 
+ROOT = Path(__file__).parents[1]
 # One thread each: the networks are tiny, and tests may run beside each other.
 torch.set_num_threads(1)
 
@@ -64,5 +70,5 @@ def shared_args(tmp_path):
     """What the data and engine functions read from a command line."""
     return Namespace(
         data_set="DIGITS", data_path=str(tmp_path), batch_size=8, num_workers=0, pin_mem=False, device="cpu", seed=0,
-        eval_crop_ratio=0.875, proxy_samples=16, amp="none",
+        eval_crop_ratio=0.875, proxy_samples=16, amp="none", skip_bad_images=False,
     )  # fmt: skip

@@ -39,6 +39,18 @@ def test_fashion_mnist_from_gzipped_idx_files(shared_args, tmp_path):
         datasets.load_images(named(shared_args, "FASHION_MNIST", tmp_path), train=False)
 
 
+def test_a_damaged_idx_file_is_refused_or_reads_the_same(tmp_path):
+    path, pixels = tmp_path / "images.gz", np.random.default_rng(0).integers(0, 256, (4, 9, 9))
+    write_idx(path, pixels)
+    refused = 0
+    for _ in flipped_everywhere(path, 1):
+        try:
+            assert np.array_equal(datasets._idx(path), pixels)
+        except InputError:
+            refused += 1
+    assert refused > 300
+
+
 def test_cifar_in_torchvisions_layout(shared_args, tmp_path, monkeypatch):
     # torchvision compares checksums of the published files, which made-up ones cannot have.
     monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
@@ -194,3 +206,63 @@ def test_damaged_and_wrong_checkpoints_are_named(tmp_path):
             read_checkpoint(tmp_path / name)
     with pytest.raises(InputError, match="does not fit the model"):
         load_weights(tiny_vit(embed_dim=96), read_checkpoint(good)["model"], good)
+
+
+ODD = [
+    {}, {"model": {}}, {"model": [1]}, {"model": {1: torch.zeros(1)}}, {"model": {"a": 5}}, {"state_dict": "x"},
+    {"model": {"a": torch.zeros(1)}, "model_ema": [1]}, {"model": {"a": torch.zeros(1)}, "model_ema": {"a": None}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ODD, ids=str)
+def test_what_is_no_state_dict_is_refused_wherever_it_stands(content, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="no state dict found"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("state", [
+    {"pos_embed": torch.zeros(3)}, {"patch_embed.proj.weight": torch.zeros(5)}, {"head.weight": torch.tensor(1.0)},
+    {"visual.class_embedding": torch.zeros(2)}, {"encoder": torch.zeros(2)}, {"mask_token": torch.zeros(1)},
+], ids=lambda state: next(iter(state)))  # fmt: skip
+def test_tensors_of_another_kind_of_network_are_refused(state):
+    """Names that timm takes for those of CLIP, DINOv2 or others, and shapes that it cannot resample."""
+    with pytest.raises(InputError, match=r"w\.pth: does not fit the model"):
+        load_weights(tiny_vit(), state, "w.pth", replace_head=True)
+
+
+def flipped_everywhere(path, step):
+    """The file at ``path`` with one bit changed, again and again, at every ``step``-th byte."""
+    content = path.read_bytes()
+    for position in range(0, len(content), step):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        yield position
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_bit_that_changed_is_noticed_or_changes_nothing(suffix, tmp_path):
+    """Of torch.save's archives; safetensors has no checksums, so that there only the description is safe."""
+    state, path = {"a": torch.arange(300.0), "b": torch.ones(2, 3)}, tmp_path / f"w{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state, "epoch": 7}, path)
+    refused = changed = 0
+    for _ in flipped_everywhere(path, 7):
+        try:
+            found = read_checkpoint(path)["model"]
+        except InputError:
+            refused += 1
+            continue
+        same = found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+        changed += not same
+    assert refused > 10 and (not changed if suffix == ".pth" else changed > 20)
+
+
+def test_an_archive_without_checksums_is_read(tmp_path):
+    computes = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(computes)
+    assert torch.equal(read_checkpoint(tmp_path / "w.pth")["model"]["a"], torch.ones(3))

@@ -138,6 +138,7 @@ from models.distillation import Distillation
 args = Namespace(device="cpu", seed=0)
 utils.start_up(args)
 rank, ranks = utils.rank(), utils.world_size()
+assert utils.gather({rank: "any"}) == [{r: "any"} for r in range(ranks)]
 assert utils.all_the_same("equal") and utils.all_the_same(f"rank {rank}") == (ranks == 1)
 batches = [(x[rank::ranks], y[rank::ranks], p[rank::ranks]) for x, y, p in proxy_batches(32, 8)]
 

@@ -115,22 +115,11 @@ def test_two_ranks_train_the_same_table_and_weights(chain):
     assert moved > 0.002, "training must have moved the weights by far more than the ranks differ"
 
 
-def test_contradicting_options_are_named(chain, tmp_path):
-    start = [*TRAINING, "--pretrained", chain[1] / "reparam/reparamed.pth", "--output-dir", tmp_path / "out"]
-    for options, message in (
-        (["--always", "smallest", "--distillation-type", "inplace"], "add --always largest"),
-        (["--accum-iter", "50", "--batch-size", "32"], "an epoch has 37 batches"),
-        (["--mask-table", tmp_path / "none.json"], "no such file"),
-    ):
-        assert message in run("main_train.py", *start, *options, expect=2)
-    assert not list(tmp_path.glob("out/*"))
-
-
 def test_resumed_equals_uninterrupted_to_the_bit(chain, pretrained, tmp_path):
     """With all of DeiT's randomness on: mixup, cutmix, RandAugment, erasing, drop path, repeated augmentation."""
     options = [
         *PLAIN, "--model", "vit_digits", "--proxy-samples", "64", "--grow-epochs", "3", "--epochs", "4",
-        "--batch-size", "64", "--pretrained", pretrained,
+        "--batch-size", "64", "--warmup-epochs", "1", "--pretrained", pretrained,
     ]  # fmt: skip
     run("main_train.py", *options, "--keep-last", "9", "--output-dir", tmp_path / "whole")
     (tmp_path / "part").mkdir()
@@ -209,9 +198,6 @@ def test_a_teacher_from_a_file_or_the_starting_network(chain, pretrained, tmp_pa
     own, given, none = (states(tmp_path / name, "checkpoint_0.pth") for name in ("own", "given", "none"))
     assert largest_difference(own, given) < 1e-3, "both teachers compute the same function"
     assert largest_difference(own, none) > 2e-3
-    missing = [*TRAINING, *start, "--distillation-type", "soft", "--teacher-model"]
-    for teacher, message in (("vit_nonsense", "nor a timm name"), ("vit_tiny", "no published weights for 10 classes")):
-        assert message in run("main_train.py", *missing, teacher, "--output-dir", tmp_path / "x", expect=2)
 
 
 def test_main_test_walks_the_ladder_and_every_kind_of_budget(chain, tmp_path):
@@ -380,65 +366,9 @@ def test_a_published_checkpoint_evaluates_on_imagenet_folders(tmp_path):
     options = ["--checkpoint", folder, "--data-path", tmp_path / "imagenet", "--num-workers", "0", "--device", "cpu"]
     output = run("main_test.py", *options, "--op-code", "0", "1", "--output-dir", tmp_path / "out")
     assert "1.08 G" in output
-    output = run(
-        "main_test.py", *options[:2], "--data-path", tmp_path / "nowhere", "--device", "cpu", "--op-code", "0", expect=2
-    )
-    assert output.count("\n") <= 4 and "n01440764" in output and "Traceback" not in output
 
 
 # ------------------------------------------------------------------------------------------ input from users
-
-
-BAD = [
-    (["main_reparam.py", "--model", "vit_nonsense", "--data-set", "DIGITS"], "neither one of vit_tiny"),
-    (["main_reparam.py", "--model", "resnet18", "--data-set", "DIGITS"], "VisionTransformer"),
-    (["main_reparam.py", "--data-set", "DIGITS"], "--model is required"),
-    (["main_reparam.py", "--model", "vit_digits", "--data-set", "DIGITS"], "give --pretrained FILE"),
-    (["main_reparam.py", "--model", "vit_tiny", "--data-set", "DIGITS"], "timm/deit_tiny_patch16_224.fb_in1k"),
-    (["main_reparam.py", "--model", "vit_digits", "--data-set", "NOPE"], "--data_set NOPE"),
-    (["main_train.py", "--model", "vit_digits", "--pretrained", "nowhere.pth"], "main_reparam.py"),
-    (["main_reparam.py", "--data-set", "DIGITS", "--mlp-order", "greedy", "--no-compensation"], "use taylor"),
-    (["main_test.py"], "give --checkpoint FOLDER"),
-    (["main_test.py", "--checkpoint", "nowhere"], "no such folder or file"),
-    (["main_test.py", "--macs", "many"], "not a number such as 8.44G"),
-    (["main_test.py", "--macs-ratio", "1.5"], "not in (0, 1]"),
-    (["main_test.py", "--device", "tpu"], "choose auto, cpu or cuda"),
-    (["main_test.py", "--export", "tflite"], "invalid choice: 'tflite'"),
-    (["main_test.py", "--latency-ms", "0"], "not positive and finite"),
-    (["main_train.py", "--epochs", "0"], "not at least 1"),
-    (["main_train.py", "--always", "middle"], "choose from"),
-    (["main_train.py", "--recipe", "best"], "choose from"),
-]
-
-
-@pytest.mark.parametrize(("command", "message"), BAD)
-def test_bad_input_is_one_line_and_a_non_zero_exit(command, message):
-    output = run(*command, expect=2)
-    assert message in output.replace("\n", " ") and "Traceback" not in output
-
-
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "it-ran"),)
-
-    torch.save({"model": Attack()}, tmp_path / "checkpoint_0.pth")
-    output = run("main_test.py", "--checkpoint", tmp_path, "--device", "cpu", expect=2)
-    assert "refused" in output and not (tmp_path / "it-ran").exists()
-
-
-def test_stage_1_names_what_is_wrong_and_writes_nothing(pretrained, tmp_path):
-    base = ["main_reparam.py", *PLAIN, "--model", "vit_digits", "--output-dir", tmp_path / "out"]
-    output = run(*base, "--pretrained", pretrained, "--proxy-samples", "5000", expect=2)
-    assert "5000 proxy images asked for, the training set has 1198" in output
-    state = read_checkpoint(pretrained)["model"]
-    state["blocks.1.mlp.fc1.weight"][3, 4] = float("nan")
-    torch.save(state, tmp_path / "nan.pth")
-    assert "blocks.1.mlp.fc1.weight holds NaN" in run(*base, "--pretrained", tmp_path / "nan.pth", expect=2)
-    state["blocks.1.mlp.fc1.weight"][3, 4] = 1e38
-    torch.save(state, tmp_path / "huge.pth")
-    assert "NaN or infinite" in run(*base, "--pretrained", tmp_path / "huge.pth", expect=2)
-    assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_network_without_a_classifier_is_reparameterised_without_labels(pretrained, tmp_path):
@@ -448,7 +378,6 @@ def test_a_network_without_a_classifier_is_reparameterised_without_labels(pretra
     net = load_supernet(tmp_path)
     assert net.cut(net.table.steps[-1])(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
     assert "no classifier to test" in run("main_test.py", *PLAIN, "--checkpoint", tmp_path, expect=2)
-    assert "use --objective feature" in run(*base, "--nb-classes", "0", expect=2)
 
 
 def test_a_checkpoint_with_another_head_is_refitted_and_said(pretrained, tmp_path):

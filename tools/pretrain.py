@@ -14,11 +14,11 @@ from options import add_training_options, stage_parser
 from utils import InputError, say
 
 
-def get_args():
+def get_args(argv=None):
     parser = stage_parser(__doc__)
     add_training_options(parser, epochs=60, lr=5e-4, min_lr=1e-5, warmup_epochs=5)
     parser.add_argument_group("output").add_argument("--output_dir", default=None, help="output/pretrain/<model>")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -28,6 +28,7 @@ def main(args):
         raise InputError("--model is required, for example vit_digits or vit_fashion")
     images = datasets.load_images(args, train=True)
     spec = ModelSpec(args.model, args.nb_classes or datasets.count_classes(images), args.input_size)
+    datasets.check_classes(images, spec.num_classes, f"--nb_classes {args.nb_classes}")
     model = spec.build(drop_path_rate=args.drop_path).to(device)
     output = utils.output_folder(args.output_dir or Path("output/pretrain") / args.model)
     config = datasets.data_config(model)

@@ -1,0 +1,238 @@
+"""Whatever goes in: a clear error, or a valid result. Width tables, budgets and growth under generated input."""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_supernet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import piad
+from models.cost import Shapes
+from models.width_table import Budget, Widths, WidthTable
+from utils import InputError
+
+# Derandomised: the same examples everywhere, so that a failure is no accident.
+modest = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+SHAPES, FULL = Shapes.of(tiny_supernet()), Widths((16,) * 3, (192,) * 3)
+GROUPS = piad.Groups.of(FULL)
+
+
+def refused_in_one_line(call):
+    """The result of ``call``, or None if it was refused with an InputError of one line."""
+    try:
+        return call()
+    except InputError as error:
+        assert str(error) and "\n" not in str(error)
+        return None
+
+
+# ------------------------------------------------------------------------------------------ mask_table.json
+
+
+@st.composite
+def columns(draw, most, steps):
+    """Widths of one branch that never grow."""
+    return sorted((draw(st.integers(0, most)) for _ in range(steps)), reverse=True)
+
+
+@st.composite
+def tables(draw):
+    """Any valid table of up to four blocks."""
+    depth, steps = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    flat = [draw(columns(most, steps)) for _ in range(depth) for most in (16, 192)]
+    return WidthTable([Widths.from_flat(row) for row in zip(*flat, strict=True)])
+
+
+@modest
+@given(tables(), st.dictionaries(st.text(max_size=5), st.integers(), max_size=2))
+def test_every_valid_table_survives_the_file(table, meta):
+    table.meta = meta
+    again = WidthTable.from_json(table.to_json(), "x")
+    assert again.steps == table.steps
+    assert {k: v for k, v in meta.items() if k != "format_version"}.items() <= again.meta.items()
+
+
+def assert_valid(table):
+    assert table.steps and len({len(w.attn) for w in table.steps} | {len(w.mlp) for w in table.steps}) == 1
+    for widths in table.steps:
+        assert all(type(width) is int and width >= 0 for width in widths.flat)
+    for before, after in itertools.pairwise(table.steps):
+        assert all(a >= b for a, b in zip(before.flat, after.flat, strict=True))
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+names = st.sampled_from(["0.attn", "0.mlp", "1.attn", "1.mlp", "00.attn", "-1.mlp", "x.attn", "meta", ".mlp", ""])
+step_names = st.sampled_from(["0", "1", "2", "-1", "01", "+1", " 1", "-2", "x", ""])
+widths_or_not = st.integers(-1, 20) | st.integers(10**30, 10**31) | anything
+members = st.dictionaries(step_names, widths_or_not, max_size=4) | anything
+
+
+@modest
+@given(st.dictionaries(names, members, max_size=5) | anything)
+def test_any_json_is_a_valid_table_or_refused(content):
+    table = refused_in_one_line(lambda: WidthTable.from_json(json.dumps(content), "mask_table.json"))
+    if table:
+        assert_valid(table)
+        assert WidthTable.from_json(table.to_json(), "x").steps == table.steps
+        refused_in_one_line(lambda: table.check_fits(FULL, "x"))
+
+
+@modest
+@given(tables(), st.data())
+def test_a_valid_table_with_one_thing_changed_is_valid_or_refused(table, data):
+    content = json.loads(table.to_json())
+    name = data.draw(st.sampled_from([name for name in content if name != "meta"]))
+    step = data.draw(st.sampled_from(list(content[name])))
+    if data.draw(st.booleans()):
+        content[name][step] = data.draw(widths_or_not)
+    else:
+        del content[name][step]
+    again = refused_in_one_line(lambda: WidthTable.from_json(json.dumps(content), "x"))
+    if again:
+        assert_valid(again)
+
+
+@modest
+@given(
+    st.text(max_size=40) | st.sampled_from(["[" * 50_000, '{"0.attn": {"0": ' + "9" * 5000 + "}}", "\ufeff{}", "NaN"])
+)
+def test_any_text_is_refused(text):
+    assert refused_in_one_line(lambda: WidthTable.from_json(text, "x")) is None
+
+
+# ------------------------------------------------------------------------------------------ budgets
+
+TABLE = WidthTable([
+    FULL, Widths((16, 16, 14), (192,) * 3), Widths((8, 0, 14), (192, 96, 0)), Widths((2, 0, 0), (6, 0, 0)),
+])  # fmt: skip
+COSTS = {
+    "macs": SHAPES.macs,
+    "params": SHAPES.parameters,
+    "macs_ratio": lambda widths: SHAPES.macs(widths) / SHAPES.macs(FULL),
+}
+numbers = (
+    st.floats() | st.floats(0, 1.01) | st.integers(-(10**9), 10**9)
+    | st.sampled_from([cost(w) + d for cost in COSTS.values() for w in TABLE.steps for d in (-1, 0, 1)])
+)  # fmt: skip
+
+
+@modest
+@given(st.sampled_from(list(COSTS)), numbers)
+def test_a_budget_gives_the_largest_network_within_it_or_is_refused(kind, value):
+    budget, cost = Budget(kind, value), COSTS[kind]
+    step = refused_in_one_line(lambda: budget.step(TABLE, SHAPES))
+    costs = [cost(widths) for widths in TABLE.steps]
+    assert str(budget)
+    if step is None:
+        assert not costs[-1] <= value or value > costs[0], "refused though a network fits"
+    else:
+        # A share is turned into MACs, which rounds once.
+        assert costs[step] <= value * (1 + 1e-12) and (step == 0 or costs[step - 1] > value * (1 - 1e-12))
+
+
+@modest
+@given(st.sampled_from(["op_code", "flops", "", None]), st.integers(-3, 6) | anything)
+def test_a_step_is_one_of_the_table_or_refused(kind, value):
+    step = refused_in_one_line(lambda: Budget(kind, value).step(TABLE, SHAPES))
+    if step is not None:
+        assert kind == "op_code" and type(step) is int
+        assert step == value or (value == -1 and step == TABLE.last)
+    else:
+        assert kind != "op_code" or type(value) is not int or value not in range(-1, 4)
+
+
+# ------------------------------------------------------------------------------------------ growth
+
+units = st.floats() | st.sampled_from([0.0, 1.0, -1.0, 5e-324, 1e308])
+
+
+@st.composite
+def importances(draw):
+    """2L lists of numbers for the widths FULL, many of them equal, some of them no numbers."""
+    counts = [width // GROUPS.size(branch) for branch, width in enumerate(FULL.flat)]
+    pattern = draw(st.lists(units, min_size=1, max_size=9))
+    stride = draw(st.integers(1, 7))
+    endless = itertools.cycle(pattern[::stride] + pattern)
+    return [[next(endless) for _ in range(count)] for count in counts]
+
+
+@modest
+@given(importances(), st.floats(-0.2, 1.2))
+def test_growth_reaches_the_target_by_whole_units_or_is_refused(importance, ratio):
+    steps, target = [FULL], SHAPES.macs(FULL) * (1 - ratio)
+    finite = all(math.isfinite(value) for branch in importance for value in branch)
+    reachable = SHAPES.macs(Widths((0,) * 3, (0,) * 3)) <= target
+    if refused_in_one_line(lambda: piad.grow(steps, importance, GROUPS, SHAPES.macs, target) or True):
+        assert finite and reachable
+        assert SHAPES.macs(steps[-1]) <= target
+        assert len(steps) == 1 or SHAPES.macs(steps[-2]) > target
+    else:
+        assert not (finite and reachable), "refused though nothing was wrong"
+        assert steps == [FULL], "refused after it had begun"
+    assert_valid(WidthTable(steps))
+    for before, after in itertools.pairwise(steps):
+        (branch,) = (b for b in range(6) if before.flat[b] != after.flat[b])
+        assert after.flat[branch] % GROUPS.size(branch) == 0
+
+
+@modest
+@given(st.lists(units, max_size=12))
+def test_the_order_of_a_branch_lets_every_unit_go_once(importance):
+    pools = piad.drop_order(importance)
+    assert sum(size for _, size in pools) == len(importance) and all(size > 0 for _, size in pools)
+
+
+@modest
+@given(st.tuples(*[st.integers(0, 20)] * 3), st.tuples(*[st.integers(0, 200)] * 3))
+def test_a_list_goes_on_from_any_table_of_a_user_or_is_refused(attn, mlp):
+    """A table read from a file may hold widths that are not made of whole units."""
+    widths = Widths(attn, mlp)
+    whole = all(width % GROUPS.size(branch) == 0 for branch, width in enumerate(widths.flat))
+    statistics = [
+        SimpleNamespace(taylor_attn=torch.ones(3, 3, a), taylor_mlp=torch.ones(m))
+        for a, m in zip(attn, mlp, strict=True)
+    ]
+    importance = refused_in_one_line(
+        lambda: piad.unit_importance([1.0] * 6, statistics, widths, GROUPS, SHAPES.unit_costs())
+    )
+    assert (importance is not None) == whole
+    if importance:
+        steps = [widths]
+        smallest = SHAPES.macs(Widths((0,) * 3, (0,) * 3))
+        piad.grow(steps, importance, GROUPS, SHAPES.macs, smallest)
+        assert steps[-1] == Widths((0,) * 3, (0,) * 3)
+
+
+@modest
+@given(st.integers(-1, 40), st.integers(-1, 200))
+def test_groups_divide_the_widths_or_are_refused(head_width, hidden):
+    groups = refused_in_one_line(lambda: piad.Groups.of(Widths((head_width,), (hidden,))))
+    if groups:
+        assert groups.attn * piad.ATTN_GROUPS == head_width > 0 and groups.mlp * piad.MLP_GROUPS == hidden > 0
+    else:
+        assert head_width <= 0 or hidden <= 0 or head_width % piad.ATTN_GROUPS or hidden % piad.MLP_GROUPS
+
+
+@modest
+@given(st.lists(st.floats(-1, 10), min_size=6, max_size=6), st.floats(0, 10))
+def test_sensitivity_is_never_negative(without, cost):
+    gammas = piad.sensitivity(cost, without)
+    assert all(gamma >= 0 for gamma in gammas)
+    assert [gamma > 0 for gamma in gammas] == [value - max(cost, 0) > 0 for value in without] or cost < 1e-11
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_cost_that_is_no_number_does_not_pass_for_an_importance(bad):
+    gammas = piad.sensitivity(1.0, [bad, *[2.0] * 5])
+    importance = [[gamma] * (w // GROUPS.size(b)) for b, (w, gamma) in enumerate(zip(FULL.flat, gammas, strict=True))]
+    with pytest.raises(InputError, match="block 0"):
+        piad.grow([FULL], importance, GROUPS, SHAPES.macs, SHAPES.macs(FULL) / 2)
