@@ -129,21 +129,25 @@ numbers = (
 @given(st.sampled_from(list(COSTS)), numbers)
 def test_a_budget_gives_the_largest_network_within_it_or_is_refused(kind, value):
     budget, cost = Budget(kind, value), COSTS[kind]
-    step = refused_in_one_line(lambda: budget.step(TABLE, SHAPES))
+    choice = refused_in_one_line(lambda: budget.choose(TABLE, SHAPES))
     costs = [cost(widths) for widths in TABLE.steps]
     assert str(budget)
-    if step is None:
+    if choice is None:
         assert not costs[-1] <= value or value > costs[0], "refused though a network fits"
     else:
         # A share is turned into MACs, which rounds once.
-        assert costs[step] <= value * (1 + 1e-12) and (step == 0 or costs[step - 1] > value * (1 - 1e-12))
+        step, most = choice.step, value * (1 + 1e-12)
+        assert costs[step] <= most and (step == 0 or costs[step - 1] > value * (1 - 1e-12))
+        finer = budget.choose(TABLE, SHAPES, finer=True)
+        assert finer.step == step and costs[step] <= cost(finer.widths) <= most
 
 
 @modest
 @given(st.sampled_from(["op_code", "flops", "", None]), st.integers(-3, 6) | anything)
 def test_a_step_is_one_of_the_table_or_refused(kind, value):
-    step = refused_in_one_line(lambda: Budget(kind, value).step(TABLE, SHAPES))
-    if step is not None:
+    choice = refused_in_one_line(lambda: Budget(kind, value).choose(TABLE, SHAPES))
+    if choice is not None:
+        step = choice.step
         assert kind == "op_code" and type(step) is int
         assert step == value or (value == -1 and step == TABLE.last)
     else:

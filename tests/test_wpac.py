@@ -198,7 +198,7 @@ def test_statistics_of_a_sliced_network_and_flags_left_as_they_were():
 
 
 def test_bad_proxy_sets_are_named():
-    with pytest.raises(InputError, match="empty"):
+    with pytest.raises(InputError, match="no proxy image"):
         collect_statistics(tiny_supernet(), [], OBJECTIVES["label"], CPU)
     model = tiny_supernet()
     with torch.no_grad():
