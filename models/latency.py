@@ -111,7 +111,8 @@ class Stopclock:
     def __init__(self, net, device, batch_size, amp):
         self.net, self.device = net, device
         self.conditions = Conditions.of(net.model, device, batch_size, amp)
-        self.latencies = LatencyTable.beside(net.source, self.conditions)
+        # What is known decides what is measured: all ranks must know the same.
+        self.latencies = utils.from_main(lambda: LatencyTable.beside(net.source, self.conditions))
 
     def measure(self, many_widths):
         """Milliseconds per batch at each of several Widths, measured now, side by side, and saved."""

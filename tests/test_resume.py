@@ -280,7 +280,7 @@ def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(start, tmp_path):
         "import main_train, utils\n"
         "from test_resume import signal_self\n"
         "if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "    signal_self(('engine', '_backward'), 23, signal.SIGKILL)\n"
+        "    signal_self(('engine', '_backward'), 13, signal.SIGKILL)\n"
         "fit = main_train.fit\n"
         "def noted(run, *rest):\n"
         f"    open({str(tmp_path / 'lives.txt')!r}, 'a').write(json.dumps([utils.rank(), run.epoch]) + chr(10))\n"

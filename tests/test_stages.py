@@ -364,8 +364,14 @@ def test_a_published_checkpoint_evaluates_on_imagenet_folders(tmp_path):
     }
     (folder / "mask_table.json").write_text(json.dumps(table))
     options = ["--checkpoint", folder, "--data-path", tmp_path / "imagenet", "--num-workers", "0", "--device", "cpu"]
-    output = run("main_test.py", *options, "--op-code", "0", "1", "--output-dir", tmp_path / "out")
-    assert "1.08 G" in output
+    new = ["--plot", "--save", tmp_path / "net", "--latency-ms", "100000"]
+    output = run("main_test.py", *options, *new, "--output-dir", tmp_path / "out", expect=2)
+    assert "out of reach; this table has networks from" in output
+    output = run("main_test.py", *options, *new[:-2], "--op-code", "0", "1", "--output-dir", tmp_path / "out")
+    assert "1.08 G" in output and (tmp_path / "out/knowledge.png").is_file()
+    network = load_subnetwork(tmp_path / "net/op_code_1")
+    assert network.pretrained_cfg["input_size"] == [3, 224, 224] and network.blocks[0].attn.head_dim == 32
+    assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 3)
 
 
 # ------------------------------------------------------------------------------------------ input from users
