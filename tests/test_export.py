@@ -125,7 +125,7 @@ def damage(folder, change):
     [
         (lambda text: text[:40], "cannot be read"),
         (lambda text: text.replace('"widths"', '"depths"'), "it has no widths"),
-        (lambda text: text.replace("[256, 0, 8, 0]", "[512, 0, 8, 0]"), "not a description"),
+        (lambda text: text.replace("[256, 0, 8, 0]", "[512, 0, 8, 0]"), "describes no network"),
         (lambda text: text.replace('"num_classes": 10', '"num_classes": 11'), "does not fit"),
         (lambda text: text.replace('"vit_digits"', '"os.system"'), "neither one of"),
     ],
