@@ -371,7 +371,8 @@ class TransformedDataset(Dataset):
                 image = as_rgb(image)
                 break
             except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
-                bad.append(BadImage(image_name(self.images, index), str(error) or type(error).__name__))
+                reason = str(error).split("\n")[0] or type(error).__name__
+                bad.append(BadImage(image_name(self.images, index), reason))
                 index = (index + 1) % len(self.images)
         else:
             return None, None, None, bad
