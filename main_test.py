@@ -14,7 +14,7 @@ from models.calibration import calibrate
 from models.cost import MATMULS, Shapes
 from models.statistics import OBJECTIVES
 from models.vit import ModelSpec, as_supernet
-from models.width_table import Budget
+from models.width_table import BUDGET_KINDS, Budget
 from options import add_budget_options, stage_parser
 from tools import results
 from utils import InputError, say
@@ -40,7 +40,7 @@ def get_args(argv=None):
 
 def budgets(args):
     """The budgets on the command line, in the order of the flags."""
-    kinds = ("op_code", "macs", "macs_ratio", "params", "latency_ms")
+    kinds = (*BUDGET_KINDS, "latency_ms")
     return [Budget(kind, value) for kind in kinds for value in _as_list(getattr(args, kind))]
 
 

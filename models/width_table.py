@@ -10,6 +10,7 @@ from utils import InputError, human
 FORMAT_VERSION = 1
 # A budget this little above the full network still asks for the full network: printed figures are rounded.
 BUDGET_SLACK = 1.005
+# Budgets that are computed; a latency is measured.
 BUDGET_KINDS = ("op_code", "macs", "macs_ratio", "params")
 
 

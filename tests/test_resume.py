@@ -290,7 +290,7 @@ def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(start, tmp_path):
     )
     options = [*OPTIONS, "--pretrained", start, "--resume", "auto", "--epochs", "2", "--batch-size", "64"]
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
          script, *options, "--output-dir", tmp_path / "out"],
         capture_output=True, text=True, timeout=500, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
