@@ -118,7 +118,8 @@ def complete_table(args):
     beside = Path(args.pretrained).parent / store.TABLE_NAME
     if args.mask_table == "none" or (args.mask_table == "auto" and not beside.is_file()):
         return None
-    return beside if args.mask_table == "auto" else Path(args.mask_table)
+    # A string: checkpoints hold the arguments, and nothing but plain values.
+    return str(beside) if args.mask_table == "auto" else args.mask_table
 
 
 def first_table(args, model):
