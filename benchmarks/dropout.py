@@ -507,22 +507,25 @@ def report(results, args):
 
 
 def draw_chart(results, path, title):
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(2.2, 1), layout="constrained")
+    """All variants, the upper end again on a scale of its own, and the paper's figures."""
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1.4, 1.4, 1), layout="constrained")
     for name in [*MAIN, BEST]:
         means, deviations = zip(
             *(spread([r["top1"][i] for r in results[name]]) for i in range(len(SHARES))), strict=True
         )
-        style = "--" if name.startswith("no training") else "-"
-        axes[0].errorbar(
-            SHARES, means, yerr=deviations, marker="o", markersize=4, capsize=2, label=name, linestyle=style
-        )
-    axes[0].set(xlabel="share of the full network's MACs", ylabel="top-1, %", title=title, ylim=(20, None))
+        style = {"marker": "o", "markersize": 4, "capsize": 2, "linestyle": "--" if name.startswith("no") else "-"}
+        for axis in axes[:2]:
+            axis.errorbar(SHARES, means, yerr=deviations, label=name, **style)
+    axes[0].set(xlabel="share of the full network's MACs", ylabel="top-1, %", title=title)
+    top = max(r["top1"][0] for runs in results.values() for r in runs)
+    axes[1].set(xlabel="share of the full network's MACs", ylim=(top - 6, top + 0.3), title="the same, upper end")
     for name, values in PAPER_DEIT_S.items():
-        axes[1].plot((4 / 12, 8 / 12), values, marker="o", markersize=4, label=name)
-    axes[1].set(xlabel="share of the MACs", ylabel="top-1, %", title="DeiT-S on ImageNet\n(the paper's figures)")
+        axes[2].plot((4 / 12, 8 / 12), values, marker="o", markersize=4, label=name)
+    axes[2].set(xlabel="share of the MACs", ylabel="top-1, %", title="DeiT-S on ImageNet\n(the paper's figures)")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    axes[0].legend(fontsize=8)
+    axes[2].legend(fontsize=8)
     with utils.whole_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 
