@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 # The paper's convention counts, besides the products of every linear layer, one operation for each bias added and
 # each GELU, and two for each element of an affine LayerNorm; the two attention matmuls are not counted. These
@@ -118,6 +117,8 @@ def measured_unit_costs(supernet, batch, device):
     The slope between the full and half the width of a branch of block 0, medians of repeated forward passes of
     ``batch`` images on ``device``. Leaves the block at full width.
     """
+    from torch.utils.benchmark import Timer  # looks for a CUDA compiler when imported, and complains
+
     block, shapes = supernet.blocks[0], Shapes.of(supernet)
     tokens = torch.zeros(batch, shapes.tokens, shapes.dim, device=device)
     slopes = []
