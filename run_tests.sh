@@ -4,4 +4,5 @@ set -e
 cd "$(dirname "$0")"
 REQUIREMENTS="requirements.txt tests/requirements.txt"
 . tools/setup.sh
-exec "$PYTHON" -m pytest tests "$@"
+# Two processes of one thread each: the networks are tiny. A file's tests share fixtures, so they stay together.
+OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest tests -n 2 --dist loadfile "$@"

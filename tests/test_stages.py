@@ -177,7 +177,7 @@ def test_every_training_option_at_once_resumes_to_the_bit(chain, tmp_path):
     assert all(torch.equal(whole["model"][name], part["model"][name]) for name in whole["model"])
     assert whole["unit_costs"] == part["unit_costs"] != Shapes.of(load_supernet(tmp_path / "whole").model).unit_costs()
     assert WidthTable.load(tmp_path / "whole/mask_table.json").steps == WidthTable.load(table).steps
-    assert (tmp_path / "part/best_checkpoint.pth").exists()
+    assert (tmp_path / "whole/best_checkpoint.pth").exists()
 
 
 def test_the_recipe_sets_defaults_and_flags_win():
