@@ -16,6 +16,7 @@ from models.vit import load_weights, read_checkpoint
 from utils import InputError, say
 
 BEST_NAME, MID_EPOCH_NAME = "best_checkpoint.pth", "mid_epoch.pth"
+POSITION = ("updates", "losses", "loss_sum", "skipped")
 
 
 class Run:
@@ -80,8 +81,13 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "args": self.args,
             "max_accuracy": self.max_accuracy,
-            "position": {name: getattr(self, name) for name in ("updates", "losses", "loss_sum", "skipped")},
+            "position": {name: getattr(self, name) for name in POSITION},
         }
+
+    def resume(self, output):
+        """Go on as ``--resume`` asks for. Returns (path, content) of the checkpoint; (None, {}) for a new run."""
+        path = to_resume(self.args.resume, output)
+        return path, self.restore(path) if path else {}
 
     def restore(self, path):
         """Go on from ``path``. Returns the checkpoint's content. Raises InputError if it is no checkpoint of a run."""
@@ -97,7 +103,8 @@ class Run:
         self.scaler.load_state_dict(content.get("scaler") or {})
         self.begin(content["epoch"] + 1)
         self.max_accuracy = content.get("max_accuracy", 0.0)
-        for name, value in content.get("position", {}).items():
+        for name in POSITION:
+            value = content.get("position", {}).get(name, getattr(self, name))
             setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
         return content
 
@@ -133,10 +140,14 @@ def to_resume(resume, output):
         raise InputError(f"--output_dir {output}: holds checkpoints; go on with --resume auto, or take another folder")
     if resume != "auto":
         return resume and Path(resume)
-    newest = [found[number] for number in sorted(found, reverse=True)]
     # A mid-epoch file is newer than all whole epochs, unless the run was stopped before it could be removed.
-    candidates = {path: position for path in (output / MID_EPOCH_NAME, *newest) if (position := _position(path))}
-    chosen = max(candidates, key=candidates.get, default=None)
+    positions = {output / MID_EPOCH_NAME: _position(output / MID_EPOCH_NAME)}
+    for number in sorted(found, reverse=True):
+        positions[found[number]] = _position(found[number])
+        if positions[found[number]]:
+            break
+    readable = {path: position for path, position in positions.items() if position}
+    chosen = max(readable, key=readable.get, default=None)
     if not utils.all_the_same(str(chosen)):
         raise InputError(f"--resume auto: not every rank finds {chosen}; --output_dir must be on shared storage")
     return chosen

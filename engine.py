@@ -8,12 +8,12 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import accuracy
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import utils
+from checkpoints import trim_log
 from datasets import report_bad_images
 from models.vit import set_widths
-from utils import say
+from utils import progress, say
 
 
 def make_criterion(args):
@@ -35,6 +35,8 @@ def fit(run, loader, criterion, output, score, mixup=None, teacher=None, draw_of
     """
     args = run.args
     utils.catch_signals()
+
+    trim_log(output / "log.txt", run.epoch)
 
     def save():
         run.save_mid_epoch(output, **extra())
@@ -76,7 +78,7 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, draw=None, teache
     run.parallel.train()
     if run.epoch != epoch:
         run.begin(epoch)
-    batches = iter(progress(loader, f"epoch {epoch}", run.updates * args.accum_iter))
+    batches = iter(progress(loader, f"epoch {epoch}", run.updates * args.accum_iter, stoppable=False))
     for index in range(run.updates, run.updates_per_epoch):
         step, loss = epoch * run.updates_per_epoch + index, 0.0
         subnets = draw(step) if draw else [None]
@@ -234,12 +236,3 @@ def _branch_removal_of_batch(model, blocks, images, labels, measure):
             values.append(measured([_Replay(inputs[index]), *blocks[index:]]))
             block.set_widths(attn, mlp)
     return torch.stack(values)
-
-
-def progress(loader, title, done=0):
-    """The loader behind a progress bar, on the main rank. Outside training a signal ends it with utils.Interrupted."""
-    disable = None if utils.is_main() else True
-    for batch in tqdm(loader, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done):
-        if utils.stopping() and not title.startswith("epoch"):
-            raise utils.Interrupted
-        yield batch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import utils
-from checkpoints import Run, to_resume, trim_log
+from checkpoints import Run
 from engine import evaluate, fit, make_criterion
 from main_test import budgets, cut, load_alone
 from models import latency, peel, store
@@ -62,10 +62,9 @@ def main(args):
     test = datasets.eval_loader(test_images, datasets.eval_transform(args, config), args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run, description = Run(network, args, device, len(train)), peel.describe(spec, widths)
-    checkpoint = to_resume(args.resume, output)
-    if checkpoint and run.restore(checkpoint).get("peeled") != description:
+    checkpoint, content = run.resume(output)
+    if checkpoint and content.get("peeled") != description:
         raise InputError(f"--resume {checkpoint}: it holds another sub-network than the one asked for")
-    trim_log(output / "log.txt", run.epoch)
     say(
         f"before fine-tuning: top-1 {evaluate(network, test, device, args.amp)['top1']:.2f}, learning rate {run.lr:.2e}"
     )

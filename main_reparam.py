@@ -76,11 +76,8 @@ def build_model(args):
 
 def width_table(model, spec, memory, drop_ratio):
     """The table of a training-free super-network, grown in one go from the errors that dropping each unit leaves."""
-    shapes, full = Shapes.of(model), full_widths(model)
-    groups, steps = piad.Groups.of(full), [full]
-    importance = piad.error_importance(memory, full, groups, shapes.unit_costs())
-    piad.grow(steps, importance, groups, shapes.macs, shapes.macs(full) * (1 - drop_ratio))
-    table = WidthTable(steps)
+    shapes = Shapes.of(model)
+    table = WidthTable(piad.steps_by_error(memory, full_widths(model), shapes, drop_ratio))
     table.meta = store.table_meta(spec, shapes, table)
     return table
 

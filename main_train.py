@@ -7,7 +7,7 @@ import torch
 
 import datasets
 import utils
-from checkpoints import Run, to_resume, trim_log
+from checkpoints import Run
 from engine import branch_removal, evaluate, fit, make_criterion
 from models import piad, store
 from models.cost import Shapes, measured_unit_costs
@@ -188,12 +188,10 @@ def main(args):
     if not args.mask_table:
         piad.check_reachable(table.steps[0], shapes.macs, shapes.macs(table.steps[0]) * (1 - args.drop_ratio))
     unit_costs = measure_unit_costs(args, model, shapes, device)
-    checkpoint = to_resume(args.resume, output)
+    checkpoint, content = run.resume(output)
     if checkpoint:
-        content = run.restore(checkpoint)
         table = resumed_table(content, checkpoint, full_widths(model))
         unit_costs = content.get("unit_costs", unit_costs)
-    trim_log(output / "log.txt", run.epoch)
     say(
         f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
         f"rank(s), learning rate {run.lr:.2e}, full network {human(shapes.macs(table.steps[0]))} MACs"
@@ -211,8 +209,9 @@ def main(args):
     def extra():
         """What the checkpoint of a super-network holds besides; the table goes beside it as well."""
         table.meta = store.table_meta(spec, shapes, table)
-        utils.save_text(table.to_json(), output / store.TABLE_NAME)
-        return {"mask_table": table.to_json(), "unit_costs": unit_costs}
+        text = table.to_json()
+        utils.save_text(text, output / store.TABLE_NAME)
+        return {"mask_table": text, "unit_costs": unit_costs}
 
     fit(run, train, criterion, output, score, mixup, teacher, draw_of, extra)
     say(f"wrote {output}/checkpoint_{args.epochs - 1}.pth and {store.TABLE_NAME}; next:")

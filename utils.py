@@ -18,6 +18,7 @@ import timm.utils
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -165,6 +166,16 @@ def catch_signals():
 def stopping():
     """Whether a signal has asked this process to stop."""
     return bool(_signals)
+
+
+def progress(batches, title, done=0, stoppable=True):
+    """``batches`` behind a progress bar, on the main rank, ``done`` of them before. A signal ends it with Interrupted,
+    unless it is not ``stoppable``: training ends a step first, on all ranks together."""
+    disable = None if is_main() else True
+    for batch in tqdm(batches, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done):
+        if stoppable and stopping():
+            raise Interrupted
+        yield batch
 
 
 def restore_signals(_worker=None):

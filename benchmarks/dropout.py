@@ -96,7 +96,9 @@ def get_args():
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=utils.positive_int, default=2, help="processes, of one thread each")
     parser.add_argument("--work", type=Path, default=Path("output/dropout"), help="folder of what has been measured")
-    parser.add_argument("--output", type=Path, required=True, help="path without suffix of the files to write")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/dropout_fashion"), help="path without suffix of the files to write"
+    )
     return parser.parse_args()
 
 
@@ -212,14 +214,6 @@ def average_over_widths(model, memory, groups=32, full_weight=0.5):
         new = torch.linalg.solve(right, (whole @ left).T).T
         fc2.weight.copy_(new[:, :-1])
         fc2.bias.copy_(new[:, -1])
-
-
-def stage_1_table(bench, memory):
-    """The table that stage 1 writes: all of it, by closed-form errors."""
-    steps, groups = [bench.full], piad.Groups.of(bench.full)
-    importance = piad.error_importance(memory, bench.full, groups, bench.shapes.unit_costs())
-    piad.grow(steps, importance, groups, bench.shapes.macs, bench.shapes.macs(bench.full) / 8)
-    return WidthTable(steps)
 
 
 # ------------------------------------------------------------------------------------------ other dropouts
@@ -347,19 +341,17 @@ def measure(args, seed, name):
     teacher = main_train.make_teacher(options, bench.model, [])
     budget = args.passes * len(bench.batches.labels) * 3 * bench.shapes.macs(bench.full)
     table, spent = WidthTable([bench.full]), 0.0
-    if how is None:
-        table = stage_1_table(bench, memory)
-    elif how == "piad":
-        spent = train(bench, model, options, budget, table=table, teacher=teacher)
-    elif how == "table":
-        options.mask_table, table = "stage 1", stage_1_table(bench, memory)
+    if how in (None, "table"):
+        table = WidthTable(piad.steps_by_error(memory, bench.full, bench.shapes, options.drop_ratio))
+        options.mask_table = "stage 1's"  # complete: nothing is measured while training
+    if how in ("piad", "table"):
         spent = train(bench, model, options, budget, table=table, teacher=teacher)
     elif how == "full":
         spent, table = train(bench, model, options, budget, lambda _: [bench.full]), even_table(bench)
     elif how == "layers":
         spent = train(bench, model, options, budget, draw_layers(bench))
         table = layer_table(bench, model)
-    else:
+    elif how in ("uniform", "weighted"):
         dropout = ChannelDropout(bench, model, how)
         spent, table = train(bench, model, options, budget, dropout, macs=dropout.macs), even_table(bench)
         dropout.remove()

@@ -34,6 +34,7 @@ from models.wpac import reparameterise
 from options import add_proxy_options, stage_parser
 
 RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+DROP_RATIO = 0.875
 SHARES = (5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)
 UNROTATED = ("random", "magnitude", "taylor", "hessian")
 # The paper's figures for DeiT-B on ImageNet, attention truncated to 1/4, 2/4, 3/4: not measured here.
@@ -184,10 +185,7 @@ def truncations(bench):
 
 def error_table(bench, variant):
     """The table that stage 1 writes, by the closed-form errors."""
-    groups, steps = piad.Groups.of(bench.full), [bench.full]
-    importance = piad.error_importance(variant[1], bench.full, groups, bench.shapes.unit_costs())
-    piad.grow(steps, importance, groups, bench.shapes.macs, bench.shapes.macs(bench.full) / 8)
-    return WidthTable(steps)
+    return WidthTable(piad.steps_by_error(variant[1], bench.full, bench.shapes, DROP_RATIO))
 
 
 def sensitivity_table(bench, variant):
@@ -198,7 +196,7 @@ def sensitivity_table(bench, variant):
     sums = collect_statistics(model, bench.proxy, OBJECTIVES["label"], bench.device, moments=False)
     groups, steps = piad.Groups.of(bench.full), [bench.full]
     importance = piad.unit_importance(gammas, sums, bench.full, groups, bench.shapes.unit_costs())
-    piad.grow(steps, importance, groups, bench.shapes.macs, bench.shapes.macs(bench.full) / 8)
+    piad.grow(steps, importance, groups, bench.shapes.macs, bench.shapes.macs(bench.full) * (1 - DROP_RATIO))
     return WidthTable(steps)
 
 

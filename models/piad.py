@@ -92,6 +92,17 @@ def error_importance(memory, widths, groups, unit_costs):
     return importance
 
 
+def steps_by_error(memory, full, shapes, drop_ratio):
+    """The complete list of a training-free super-network, grown in one go from ``error_importance``.
+
+    full: Widths; drop_ratio: share of the full network's MACs that the last step has lost. Returns a list of Widths.
+    """
+    groups, steps = Groups.of(full), [full]
+    importance = error_importance(memory, full, groups, shapes.unit_costs())
+    grow(steps, importance, groups, shapes.macs, shapes.macs(full) * (1 - drop_ratio))
+    return steps
+
+
 def drop_order(importance):
     """The order in which one branch gives up its units: tails of least mean importance, again and again.
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 import torch
 from einops import rearrange
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import utils
 from utils import InputError
@@ -270,9 +269,7 @@ def collect_statistics(model, batches, objective, device, moments=True, hidden=F
     taps = [_BlockTap(block, device, moments, hidden) for block in model.blocks]
     seen = torch.zeros((), device=device)
     try:
-        for images, labels, positions in tqdm(
-            batches, desc="statistics", disable=None if utils.is_main() else True, leave=False
-        ):
+        for images, labels, positions in utils.progress(batches, "statistics"):
             images = images.to(device).requires_grad_()
             with utils.autocast(device, amp):
                 value = objective(model, images, labels.to(device), positions)

@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import utils
-from checkpoints import Run, to_resume, trim_log
+from checkpoints import Run
 from engine import evaluate, fit, make_criterion
 from models.vit import ModelSpec
 from options import add_training_options, stage_parser
@@ -37,10 +37,7 @@ def main(args):
     test = datasets.eval_loader(test_images, datasets.eval_transform(args, config), args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run = Run(model, args, device, len(train))
-    checkpoint = to_resume(args.resume, output)
-    if checkpoint:
-        run.restore(checkpoint)
-    trim_log(output / "log.txt", run.epoch)
+    run.resume(output)
 
     def score():
         top1 = evaluate(model, test, device, args.amp)["top1"]
