@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import utils
 from checkpoints import trim_log
 from datasets import report_bad_images
-from models.vit import set_widths
+from models.supernet import Replay, named_blocks, replaced, set_widths
 from utils import progress, say
 
 
@@ -169,17 +169,6 @@ def evaluate(model, loader, device, amp="none"):
     return {"loss": loss / n, "top1": top1 / n, "top5": top5 / n, "images": int(n), "images_per_s": rate.item()}
 
 
-class _Replay(nn.Module):
-    """Stands for everything before a block: gives out the stored activation whatever goes in."""
-
-    def __init__(self, activation):
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, _x):
-        return self.activation
-
-
 # What the sensitivity of a branch is measured in, summed over a batch of logits and labels.
 MEASURES = {
     "cost": lambda logits, labels: F.cross_entropy(logits.double(), labels, reduction="sum"),
@@ -196,7 +185,7 @@ def branch_removal(model, loader, device, measure="cost", amp="none"):
     about L + 1 forward passes in place of 2L + 1.
     Returns (value, [2L values without a branch, order of Widths.flat]); removing what is gone already changes nothing.
     """
-    training, blocks = model.training, list(model.blocks)
+    training, blocks = model.training, named_blocks(model)
     model.eval()
     sums, n = torch.zeros(1 + 2 * len(blocks), dtype=torch.float64, device=device), 0
     try:
@@ -206,7 +195,6 @@ def branch_removal(model, loader, device, measure="cost", amp="none"):
                 sums += _branch_removal_of_batch(model, blocks, images, labels, MEASURES[measure])
             n += len(labels)
     finally:
-        model.blocks = nn.Sequential(*blocks)
         model.train(training)
     report_bad_images(loader, "sensitivity")
     count = utils.all_reduce_sum(torch.tensor(float(n), dtype=torch.float64, device=device))
@@ -215,24 +203,21 @@ def branch_removal(model, loader, device, measure="cost", amp="none"):
 
 
 def _branch_removal_of_batch(model, blocks, images, labels, measure):
-    """Summed measures [1 + 2L] of one batch; leaves ``model.blocks`` replaced."""
-
-    def measured(sequence):
-        model.blocks = nn.Sequential(*sequence)
-        return measure(model(images), labels)
-
+    """Summed measures [1 + 2L] of one batch; ``blocks``: [(dotted name, block)] of the model."""
     inputs = []
-    handles = [block.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])) for block in blocks]
-    values = [measured(blocks)]
+    handles = [block.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])) for _, block in blocks]
+    values = [measure(model(images), labels)]
     for handle in handles:
         handle.remove()
-    for index, block in enumerate(blocks):
+    for index, (path, block) in enumerate(blocks):
+        passed = {before: Replay() for before, _ in blocks[:index]} | {path: Replay(inputs[index], block)}
         attn, mlp = block.attn_width, block.mlp_width
         for widths in ((0, mlp), (attn, 0)):
             if widths == (attn, mlp):
                 values.append(values[0])
                 continue
             block.set_widths(*widths)
-            values.append(measured([_Replay(inputs[index]), *blocks[index:]]))
+            with replaced(model, passed):
+                values.append(measure(model(images), labels))
             block.set_widths(attn, mlp)
     return torch.stack(values)

@@ -12,10 +12,11 @@ from models import piad, store
 from models.compensation import MEMORY_NAME, save_memory
 from models.cost import Shapes
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import ModelSpec, as_supernet, default_num_classes, full_widths, load_pretrained
+from models.supernet import as_supernet, blocks_of
+from models.vit import ModelSpec, default_num_classes, load_pretrained
 from models.width_table import WidthTable
 from models.wpac import reparameterise
-from options import add_proxy_options, stage_parser, switch
+from options import add_cutting_options, add_proxy_options, groups_of, left_alone, stage_parser, switch
 from utils import InputError, fraction, say
 
 # The options that say how the weights came about.
@@ -27,6 +28,7 @@ TOLERANCE = 1e-4
 def get_args(argv=None):
     parser = stage_parser(__doc__)
     add_proxy_options(parser)
+    add_cutting_options(parser)
     group = parser.add_argument_group("reparameterisation")
     group.add_argument("--pretrained", default=None, help="DeiT checkpoint, state dict or .safetensors; timm's hub")
     group.add_argument("--basis", default="balanced", choices=["balanced", "pca"], help="pca is the paper's")
@@ -56,7 +58,7 @@ def full_width_difference(original, rewritten, batches, device):
 def build_model(args):
     """The pre-trained network and its spec."""
     if not args.model:
-        raise InputError("--model is required: vit_tiny, vit_small, vit_base, or any timm VisionTransformer")
+        raise InputError("--model is required: vit_tiny, vit_small, vit_base, or a name of timm's (python -m models)")
     images = datasets.load_images(args, train=True)
     classes = args.nb_classes
     if classes is None:
@@ -74,10 +76,21 @@ def build_model(args):
     return images, model, spec
 
 
-def width_table(model, spec, memory, drop_ratio):
+def report_left_out(model):
+    """Say once for each kind of attention and MLP what is not done to it, and why."""
+    found = {}
+    for block in blocks_of(model):
+        for part, module in zip(block.parts, (block.attn, block.mlp), strict=True):
+            for transform, reason in part.left_out.items():
+                found.setdefault((type(module).__name__, reason), {})[transform] = None
+    for (name, reason), transforms in found.items():
+        say(f"note: {name}: left out: {', '.join(transforms)} ({reason})")
+
+
+def width_table(model, spec, memory, groups, drop_ratio):
     """The table of a training-free super-network, grown in one go from the errors that dropping each unit leaves."""
     shapes = Shapes.of(model)
-    table = WidthTable(piad.steps_by_error(memory, full_widths(model), shapes, drop_ratio))
+    table = WidthTable(piad.steps_by_error(memory, groups, shapes, drop_ratio))
     table.meta = store.table_meta(spec, shapes, table)
     return table
 
@@ -99,19 +112,22 @@ def main(args):
     loader = datasets.proxy_loader(images, transform, args, args.proxy_samples)
     original = model.to(device)
     model = as_supernet(copy.deepcopy(original))
+    groups = groups_of(args, model)
+    report_left_out(model)
 
     say(f"measuring {args.model} on {args.proxy_samples} images ({args.objective} objective)")
     objective = OBJECTIVES[args.objective]
     statistics = collect_statistics(model, loader, objective, device, hidden=args.compensation, amp=args.amp)
     datasets.report_bad_images(loader, "proxy set")
-    results = reparameterise(model, statistics, args.basis, args.mlp_order)
+    alone = left_alone(args, 2 * len(statistics))
+    results = reparameterise(model, statistics, args.basis, args.mlp_order, alone)
     difference = full_width_difference(original, model, loader, device)
     say(f"full-width logits differ by {difference:.1e} (tolerance {TOLERANCE:.0e})")
     if not difference <= TOLERANCE:
         raise InputError(f"--basis {args.basis} changes this network's output by {difference:.1e}: nothing was written")
 
     # Before anything is written: --drop_ratio may be out of reach.
-    table = width_table(model, spec, results, args.drop_ratio) if args.compensation else None
+    table = width_table(model, spec, results, groups, args.drop_ratio) if args.compensation else None
     weights = output / store.WEIGHTS_NAME
     utils.save_torch({name: value.cpu() for name, value in model.state_dict().items()}, weights)
     report = {name: value for name, value in vars(args).items() if name in REPORTED}

@@ -13,7 +13,8 @@ from models import export, latency, peel, store
 from models.calibration import calibrate
 from models.cost import MATMULS, Shapes
 from models.statistics import OBJECTIVES
-from models.vit import ModelSpec, as_supernet
+from models.supernet import as_supernet
+from models.vit import ModelSpec
 from models.width_table import BUDGET_KINDS, Budget
 from options import add_budget_options, stage_parser
 from tools import results

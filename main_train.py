@@ -13,9 +13,18 @@ from models import piad, store
 from models.cost import Shapes, measured_unit_costs
 from models.distillation import Distillation, load_teacher
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import ModelSpec, as_supernet, classes_of, full_widths, load_weights, read_checkpoint, set_widths
+from models.supernet import as_supernet, full_widths, set_widths
+from models.vit import ModelSpec, classes_of, load_weights, read_checkpoint
 from models.width_table import WidthTable
-from options import add_distillation_options, add_piad_options, add_proxy_options, add_training_options, stage_parser
+from options import (
+    add_cutting_options,
+    add_distillation_options,
+    add_piad_options,
+    add_proxy_options,
+    add_training_options,
+    groups_of,
+    stage_parser,
+)
 from utils import InputError, RanksDisagree, human, say
 
 # The paper's recipe, and what replaced it where that won (docs/stage2.md).
@@ -31,6 +40,7 @@ def get_args(argv=None):
     add_training_options(parser, epochs=300, lr=5e-4, min_lr=1e-5, warmup_epochs=5)
     add_distillation_options(parser)
     add_piad_options(parser, list(RECIPES))
+    add_cutting_options(parser)
     group = parser.add_argument_group("files")
     group.add_argument("--pretrained", default=None, help="weights of stage 1; output/reparam/<model>/reparamed.pth")
     group.add_argument("--output_dir", default=None, help="output/peelable/<model>")
@@ -41,7 +51,7 @@ def get_args(argv=None):
 def build(args, device):
     """The super-network with its starting weights, its spec, the training images and the teacher, if any."""
     if not args.model:
-        raise InputError("--model is required: vit_tiny, vit_small, vit_base, or any timm VisionTransformer")
+        raise InputError("--model is required: vit_tiny, vit_small, vit_base, or a name of timm's (python -m models)")
     args.pretrained = args.pretrained or f"output/reparam/{args.model}/reparamed.pth"
     args.mask_table, path = complete_table(args), Path(args.pretrained)
     if not path.is_file():
@@ -80,7 +90,7 @@ def make_teacher(args, model, remarks):
     return Distillation(kind, alpha, tau, copy.deepcopy(model))
 
 
-def grow_table(model, table, shapes, loader, epoch, unit_costs, args, device):
+def grow_table(model, table, shapes, loader, epoch, unit_costs, groups, args, device):
     """Append to the dropout list what this epoch's target asks for, by importance at its present last step.
 
     Raises RanksDisagree if the ranks do not arrive at the same list.
@@ -91,7 +101,6 @@ def grow_table(model, table, shapes, loader, epoch, unit_costs, args, device):
     set_widths(model, table.steps[-1])
     value, without = branch_removal(model, loader, device, args.sensitivity, args.amp)
     statistics = collect_statistics(model, loader, OBJECTIVES[args.objective], device, moments=False, amp=args.amp)
-    groups = piad.Groups.of(table.steps[0])
     sign = -1 if args.sensitivity == "accuracy" else 1
     gammas = piad.sensitivity(sign * value, [sign * v for v in without])
     importance = piad.unit_importance(gammas, statistics, table.steps[-1], groups, unit_costs)
@@ -135,11 +144,11 @@ def first_table(args, model):
 
 
 def measure_unit_costs(args, model, shapes, device):
-    """What a dimension of all heads and a hidden unit cost, the same on all ranks: MACs or seconds."""
+    """What a dimension of all heads or a hidden unit of each branch costs, the same on all ranks: MACs or seconds."""
     if args.importance_per == "macs":
         return shapes.unit_costs()
     seconds = torch.tensor(measured_unit_costs(model, args.batch_size, device), dtype=torch.float64, device=device)
-    return tuple(utils.all_reduce_max(seconds).tolist())
+    return utils.all_reduce_max(seconds).tolist()
 
 
 def is_complete(table, shapes, args):
@@ -184,9 +193,9 @@ def main(args):
     test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run, shapes = Run(model, args, device, len(train)), Shapes.of(model)
-    table = first_table(args, model)
+    table, groups = first_table(args, model), groups_of(args, model)
     if not args.mask_table:
-        piad.check_reachable(table.steps[0], shapes.macs, shapes.macs(table.steps[0]) * (1 - args.drop_ratio))
+        piad.check_reachable(groups, shapes.macs, shapes.macs(groups.full) * (1 - args.drop_ratio))
     unit_costs = measure_unit_costs(args, model, shapes, device)
     checkpoint, content = run.resume(output)
     if checkpoint:
@@ -198,7 +207,7 @@ def main(args):
     )
 
     def draw_of(epoch):
-        grow_table(model, table, shapes, proxy, epoch, unit_costs, args, device)
+        grow_table(model, table, shapes, proxy, epoch, unit_costs, groups, args, device)
         return make_draw(table, shapes, args)
 
     def score():

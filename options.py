@@ -1,10 +1,15 @@
 """Command-line options that several stages share, with DeiT's names and defaults."""
 
+import math
+
 import torch
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from models.piad import Groups
+from models.supernet import blocks_of, full_widths
+from models.width_table import Widths
 from utils import (
     InputError,
     StageParser,
@@ -25,7 +30,9 @@ def stage_parser(description):
     """A parser with the options of every stage: model, data, device."""
     parser = StageParser(description=description)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=None, help="vit_tiny, vit_small, vit_base, or any timm VisionTransformer")
+    group.add_argument(
+        "--model", default=None, help="vit_tiny, vit_small, vit_base, or a name of timm's (python -m models)"
+    )
     group.add_argument("--input_size", type=positive_int, default=None, help="image size in pixels; the model's own")
     group.add_argument(
         "--nb_classes", type=non_negative_int, default=None, help="classes, 0 for no classifier; those of the data set"
@@ -57,6 +64,35 @@ def switch(group, name, default, help):
     """DeiT's pairs of flags: --name and --no_name."""
     group.add_argument(f"--{name}", action="store_true", default=default, help=help)
     group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default)
+
+
+def add_cutting_options(parser):
+    group = parser.add_argument_group("what may be cut")
+    group.add_argument(
+        "--skip_blocks", type=non_negative_int, nargs="+", default=[], metavar="B", help="blocks to leave as they are"
+    )
+    group.add_argument("--only", choices=["attn", "mlp"], help="leave the other branches as they are")
+    group.add_argument(
+        "--min_width", type=interval("[0, 1]"), default=0.0, help="share of its full width that every branch keeps"
+    )
+
+
+def groups_of(args, model):
+    """The droppable units of a super-network, as the options of ``add_cutting_options`` leave them."""
+    full, parts = full_widths(model), [part for block in blocks_of(model) for part in block.parts]
+    for block in args.skip_blocks:
+        if block >= len(full.attn):
+            raise InputError(f"--skip_blocks {block}: the model has blocks 0 to {len(full.attn) - 1}")
+    least = [math.ceil(args.min_width * width) for width in full.flat]
+    for branch in left_alone(args, len(least)):
+        least[branch] = full.flat[branch]
+    return Groups.of(full, [part.whole for part in parts], Widths.from_flat(least))
+
+
+def left_alone(args, branches):
+    """The branches, by their index in Widths.flat, that ``--skip_blocks`` and ``--only`` leave as they are."""
+    other = {None: (), "attn": (1,), "mlp": (0,)}[args.only]
+    return {b for b in range(branches) if b // 2 in args.skip_blocks or b % 2 in other}
 
 
 def add_proxy_options(parser):

@@ -34,7 +34,8 @@ from models.calibration import calibrate
 from models.compensation import compensate
 from models.cost import Shapes
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import ModelSpec, as_supernet, full_widths, load_weights, read_checkpoint, set_widths
+from models.supernet import as_supernet, full_widths, set_widths
+from models.vit import ModelSpec, load_weights, read_checkpoint
 from models.width_table import Widths, WidthTable
 from models.wpac import reparameterise
 
@@ -230,8 +231,8 @@ class ChannelDropout:
         self.modules = []
         for block, s in zip(model.blocks, sums, strict=True):
             for module, scores, size in (
-                (block.attn.qkv, s.taylor_attn.sum((0, 1)), groups.attn),
-                (block.mlp.fc1, s.taylor_mlp, groups.mlp),
+                (block.attn.qkv, s.taylor_attn.sum((0, 1)), groups.sizes[0]),
+                (block.mlp.fc1, s.taylor_mlp, groups.sizes[1]),
             ):
                 self.modules.append((module, scores.unflatten(0, (-1, size)).sum(1), size))
         self.handles = [m.register_forward_hook(self._hook) for m, _, _ in self.modules]
@@ -249,7 +250,7 @@ class ChannelDropout:
                 count = max(round(self.share * len(scores)), 1)
                 chosen = torch.multinomial(scores.clamp(min=1e-12 * scores.max()), count, generator=generator)
                 kept = torch.zeros(len(scores)).scatter_(0, chosen, 1.0)
-            self.masks[module] = kept.repeat_interleave(size).repeat(module.groups)
+            self.masks[module] = kept.repeat_interleave(size).repeat(module.layer.groups)
         return [self.bench.full]
 
     def macs(self, _widths):
@@ -267,8 +268,8 @@ def even_table(bench):
     groups = piad.Groups.of(bench.full)
     steps = []
     for kept in range(piad.MLP_GROUPS, -1, -1):
-        attn = -(-kept * piad.ATTN_GROUPS // piad.MLP_GROUPS) * groups.attn
-        steps.append(Widths((attn,) * bench.shapes.depth, (kept * groups.mlp,) * bench.shapes.depth))
+        attn = -(-kept * piad.ATTN_GROUPS // piad.MLP_GROUPS) * groups.sizes[0]
+        steps.append(Widths((attn,) * bench.shapes.depth, (kept * groups.sizes[1],) * bench.shapes.depth))
     return WidthTable(steps)
 
 
@@ -292,9 +293,7 @@ def layer_table(bench, model):
         set_widths(model, widths)
         gammas = piad.sensitivity(*branch_removal(model, bench.proxy, bench.device))
         costs = bench.shapes.unit_costs()
-        branch = min(
-            (b for b, w in enumerate(widths.flat) if w), key=lambda b: gammas[b] / (widths.flat[b] * costs[b % 2])
-        )
+        branch = min((b for b, w in enumerate(widths.flat) if w), key=lambda b: gammas[b] / (widths.flat[b] * costs[b]))
         flat = list(widths.flat)
         flat[branch] = 0
         table.steps.append(Widths.from_flat(flat))
@@ -313,7 +312,8 @@ def train(bench, model, args, budget, draw=None, table=None, teacher=None, macs=
     while spent < budget:
         if draw is None:
             share, before = min(spent / budget * 100, 99), table.last
-            main_train.grow_table(model, table, bench.shapes, bench.proxy[:4], int(share), costs, args, bench.device)
+            growth = (bench.proxy[:4], int(share), costs, piad.Groups.of(bench.full), args, bench.device)
+            main_train.grow_table(model, table, bench.shapes, *growth)
             if table.last > before:
                 # 1 forward pass, 1 for each block from its start, 3 for the statistics.
                 spent += 4 * BATCH * (bench.shapes.depth + 5) * bench.shapes.macs(table.steps[before])
@@ -342,7 +342,7 @@ def measure(args, seed, name):
     budget = args.passes * len(bench.batches.labels) * 3 * bench.shapes.macs(bench.full)
     table, spent = WidthTable([bench.full]), 0.0
     if how in (None, "table"):
-        table = WidthTable(piad.steps_by_error(memory, bench.full, bench.shapes, options.drop_ratio))
+        table = WidthTable(piad.steps_by_error(memory, piad.Groups.of(bench.full), bench.shapes, options.drop_ratio))
         options.mask_table = "stage 1's"  # complete: nothing is measured while training
     if how in ("piad", "table"):
         spent = train(bench, model, options, budget, table=table, teacher=teacher)

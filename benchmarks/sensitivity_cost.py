@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
 from engine import branch_removal
-from models.vit import ModelSpec, as_supernet, full_widths, set_widths
+from models.supernet import as_supernet, full_widths, set_widths
+from models.vit import ModelSpec
 from models.width_table import Widths
 
 

@@ -22,7 +22,8 @@ import utils
 from models import peel
 from models.compensation import compensate
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import ModelSpec, as_supernet, full_widths
+from models.supernet import as_supernet, full_widths
+from models.vit import ModelSpec
 from models.width_table import Widths
 from models.wpac import reparameterise
 from utils import StageParser, positive_int

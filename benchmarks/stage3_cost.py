@@ -16,7 +16,8 @@ import utils
 from models import latency, peel, piad
 from models.cost import Shapes
 from models.store import SuperNet
-from models.vit import ModelSpec, as_supernet, full_widths
+from models.supernet import as_supernet, full_widths
+from models.vit import ModelSpec
 from models.width_table import Budget, Widths, WidthTable
 from utils import StageParser, positive_int
 
@@ -39,7 +40,7 @@ def supernet(name):
     full, shapes = full_widths(model), Shapes.of(model)
     groups = piad.Groups.of(full)
     generator = torch.Generator().manual_seed(0)
-    units = [width // groups.size(branch) for branch, width in enumerate(full.flat)]
+    units = groups.counts(full)
     importance = [torch.rand(n, generator=generator).sort(descending=True).values.tolist() for n in units]
     steps = [full]
     piad.grow(steps, importance, groups, shapes.macs, 0.125 * shapes.macs(full))

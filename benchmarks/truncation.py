@@ -28,7 +28,8 @@ from models.calibration import calibrate
 from models.compensation import compensate
 from models.cost import Shapes
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import ModelSpec, as_supernet, full_widths, load_pretrained, set_widths
+from models.supernet import as_supernet, full_widths, set_widths
+from models.vit import ModelSpec, load_pretrained
 from models.width_table import Widths, WidthTable
 from models.wpac import reparameterise
 from options import add_proxy_options, stage_parser
@@ -185,7 +186,7 @@ def truncations(bench):
 
 def error_table(bench, variant):
     """The table that stage 1 writes, by the closed-form errors."""
-    return WidthTable(piad.steps_by_error(variant[1], bench.full, bench.shapes, DROP_RATIO))
+    return WidthTable(piad.steps_by_error(variant[1], piad.Groups.of(bench.full), bench.shapes, DROP_RATIO))
 
 
 def sensitivity_table(bench, variant):

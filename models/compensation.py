@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import utils
+from models.peel import branch_of, holder_of
+from models.supernet import blocks_of, named_blocks
 from utils import InputError
 
 MEMORY_NAME = "statistics.safetensors"
@@ -33,7 +35,8 @@ class BlockMemory:
     """What is remembered of one block at full width, for compensation and for the width table.
 
     factor: [M, M] lower triangular F; hidden_mean: [M] mu; attn_mean, mlp_mean: [D] mean output of each branch, before
-    LayerScale; attn_error [d] and mlp_error [M]: expected loss of the objective when a dimension or unit goes.
+    LayerScale and after a norm that follows it; attn_error [d] and mlp_error [M]: expected loss of the objective when a
+    dimension or unit goes.
     """
 
     factor: torch.Tensor
@@ -44,18 +47,28 @@ class BlockMemory:
     mlp_error: torch.Tensor
 
 
-def remember(block, hidden_mean, covariance, mlp_gram, attn_mean, attn_error):
-    """BlockMemory of a rewritten PrefixBlock; covariance [M, M] and mean [M] in the order of its hidden units."""
+def remember(block, sums, attn_mean, attn_error, order=None):
+    """BlockMemory of a PrefixBlock from its BlockStatistics with hidden moments.
+
+    order: the permutation [M] in which its hidden units now stand, if they have been sorted since. attn_mean [D] is its
+    attention's mean output, attn_error [d] the errors of its dimensions.
+    """
+    mean, output = sums.hidden.weighted_mean, block.output("mlp")
+    covariance, hidden_mean = sums.hidden.about(mean)[0], mean[0]
+    if order is not None:
+        covariance, hidden_mean = covariance[order][:, order], hidden_mean[order]
     factor = factorise(covariance)
-    weight = block.mlp.fc2.weight.detach().double()
-    bias = 0 if block.mlp.fc2.bias is None else block.mlp.fc2.bias.detach().double()
+    weight = output.weight.detach().double()
+    mlp_mean = weight @ hidden_mean + (0 if output.bias is None else output.bias.detach().double())
+    if block.kind.post_norm:
+        attn_mean, mlp_mean = (total[:-1] / total[-1].clamp(min=1) for total in (sums.attn_mean, sums.mlp_mean))
     return BlockMemory(
         factor=factor,
         hidden_mean=hidden_mean,
         attn_mean=attn_mean,
-        mlp_mean=weight @ hidden_mean + bias,
+        mlp_mean=mlp_mean,
         attn_error=attn_error,
-        mlp_error=unit_errors(weight, factor, mlp_gram),
+        mlp_error=unit_errors(weight, factor, sums.mean_gram("mlp")),
     )
 
 
@@ -66,12 +79,11 @@ def remember_as_is(model, statistics):
     are left at zero: they are for making a width table, which such a network has.
     """
     memory = []
-    for block, sums in zip(model.blocks, statistics, strict=True):
-        mean, proj = sums.hidden.weighted_mean, block.attn.proj
+    for block, sums in zip(blocks_of(model), statistics, strict=True):
+        proj = block.output("attn")
         attn_mean = proj.weight.detach().double() @ sums.grad_z.mean.flatten()
         attn_mean = attn_mean if proj.bias is None else attn_mean + proj.bias.detach().double()
-        gram, no_errors = sums.mean_gram("mlp"), torch.zeros(block.attn_width)
-        memory.append(remember(block, mean[0], sums.hidden.about(mean)[0], gram, attn_mean, no_errors))
+        memory.append(remember(block, sums, attn_mean, torch.zeros(block.attn_width)))
     return memory
 
 
@@ -158,58 +170,62 @@ def compensate(network, supernet, widths, memory):
     """Fold into an extracted network what its truncation drops, in place (docs/stage1.md, 6).
 
     Narrower MLPs get the closed-form fc2. The mean output of a branch that is gone goes into the output bias of the
-    last kept branch before it, or into the embedding where there is none: nothing reads the residual stream in
-    between, so that is exact. ``memory``: list of L BlockMemory measured on ``supernet`` at full width.
+    last kept branch before it (the bias of its norm, where one follows), or into the embedding where there is none:
+    nothing reads the residual stream in between, so that is exact. What merges patches does read it: a mean of the next
+    stage has no place before it, and is lost. ``memory``: list of L BlockMemory measured on ``supernet`` at full width.
     """
-    output = _Embedding(network)
-    for index, (block, sums) in enumerate(zip(supernet.blocks, memory, strict=True)):
-        if widths.attn[index]:
-            output = _Linear(_part(network.blocks[index], "attn").proj, block.ls1)
-        else:
-            output.add(_scaled(sums.attn_mean, block.ls1))
-        if widths.mlp[index]:
-            fc2 = _part(network.blocks[index], "mlp").fc2
-            _fold(fc2, block.mlp.fc2, sums, widths.mlp[index])
-            output = _Linear(fc2, block.ls2)
-        else:
-            output.add(_scaled(sums.mlp_mean, block.ls2))
+    place, stage = _Embedding(network), None
+    for (path, block), sums, kept in zip(named_blocks(supernet), memory, widths.mlp, strict=True):
+        peeled, parent = network.get_submodule(path), path.rpartition(".")[0]
+        if stage not in (None, parent):
+            place = _Nowhere()
+        stage = parent
+        for branch, number, mean in (("attn", 1, sums.attn_mean), ("mlp", 2, sums.mlp_mean)):
+            module, part, scale = branch_of(peeled, branch), block.parts[number - 1], block.scale_of(branch)
+            if module is None:
+                place.add(_on(scale, mean) * scale)
+                continue
+            if branch == "mlp" and part.can("compensation"):
+                _fold(getattr(module, part.output), block.output("mlp"), sums, kept)
+            last = getattr(holder_of(peeled), f"norm{number}") if block.kind.post_norm else getattr(module, part.output)
+            place = _Bias(last, scale)
     return network
 
 
+def _on(scale, mean):
+    """``mean`` on the device of a LayerScale."""
+    return mean.to(scale.device) if isinstance(scale, torch.Tensor) else mean
+
+
 def _fold(fc2, full, sums, kept):
-    if full.bias is None:
-        return
-    device = full.weight.device
+    device, weight = full.whole("weight").device, full.whole("weight")
     weight, bias, factor, mean = (
-        tensor.to(device=device, dtype=torch.float64)
-        for tensor in (full.weight, full.bias, sums.factor, sums.hidden_mean)
+        tensor.to(device=device, dtype=torch.float64) for tensor in (weight, full.bias, sums.factor, sums.hidden_mean)
     )
     weight, bias = compensated(weight, bias, factor, mean, kept)
     fc2.weight.copy_(weight)
     fc2.bias.copy_(bias)
 
 
-def _part(block, name):
-    """The branch ``name`` of a peeled block, which is a Block or a Residual around a Sequential."""
-    return getattr(block if hasattr(block, name) else block.fn, name)
+class _Bias:
+    """The bias of the last module of a kept branch, as a place where a constant can be added to the residual stream.
+    ``scale``: the LayerScale that follows."""
 
-
-def _scaled(vector, layer_scale):
-    return vector if isinstance(layer_scale, nn.Identity) else vector * layer_scale.gamma.detach().to(vector)
-
-
-class _Linear:
-    """The output of a kept branch, as a place where a constant can be added to the residual stream."""
-
-    def __init__(self, linear, layer_scale):
-        self.linear, self.layer_scale = linear, layer_scale
+    def __init__(self, module, scale):
+        self.module, self.scale = module, scale
 
     def add(self, constant):
-        if self.linear.bias is None:
+        if self.module.bias is None:
             return
-        gamma = 1.0 if isinstance(self.layer_scale, nn.Identity) else self.layer_scale.gamma.detach()
-        change = constant.to(self.linear.bias) / gamma
-        self.linear.bias += torch.where(torch.isfinite(change), change, torch.zeros_like(change))
+        change = constant.to(self.module.bias) / self.scale
+        self.module.bias += torch.where(torch.isfinite(change), change, torch.zeros_like(change))
+
+
+class _Nowhere:
+    """After patches have been merged: the norm there reads the stream."""
+
+    def add(self, constant):
+        pass
 
 
 class _Embedding:
@@ -219,15 +235,23 @@ class _Embedding:
         self.network = network
 
     def add(self, constant):
-        network = self.network
-        if not isinstance(network.norm_pre, nn.Identity):
-            network.norm_pre.bias += constant.to(network.norm_pre.bias)
+        network, norm = self.network, getattr(self.network, "norm_pre", None)
+        if getattr(norm, "bias", None) is not None:
+            norm.bias += constant.to(norm.bias)
             return
-        network.pos_embed += constant.to(network.pos_embed)
-        if network.no_embed_class:
-            for token in (network.cls_token, network.reg_token):
-                if token is not None:
-                    token += constant.to(token)
+        positions, tokens = getattr(network, "pos_embed", None), ("cls_token", "reg_token", "dist_token")
+        place = positions if positions is not None else _end_of(network.patch_embed).bias
+        places = [place]
+        if positions is None or getattr(network, "no_embed_class", False):
+            places += [token for name in tokens if (token := getattr(network, name, None)) is not None]
+        for each in places if place is not None else ():
+            each += constant.to(each)
+
+
+def _end_of(patch_embed):
+    """The layer of a patch embedding that has the last word: its norm, or its projection."""
+    norm = getattr(patch_embed, "norm", None)
+    return patch_embed.proj if isinstance(norm, (nn.Identity, type(None))) else norm
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -236,8 +260,8 @@ class _Embedding:
 def _digest(model):
     """A fingerprint of the output layers of all MLPs, which the statistics belong to."""
     digest = hashlib.sha256()
-    for block in model.blocks:
-        digest.update(block.mlp.fc2.weight.detach().float().cpu().contiguous().numpy())
+    for block in blocks_of(model):
+        digest.update(block.output("mlp").whole("weight").detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -266,7 +290,7 @@ def load_memory(path, model):
     if owner != _digest(model):
         raise InputError(f"{path}: measured on other weights than these; use --no_compensate, or run stage 1 again")
     try:
-        return [_block_memory(tensors, index, block) for index, block in enumerate(model.blocks)]
+        return [_block_memory(tensors, index, block) for index, block in enumerate(blocks_of(model))]
     except KeyError as error:
         raise InputError(f"{path}: member {error} is missing; run stage 1 again") from None
     except ValueError as error:
@@ -275,9 +299,9 @@ def load_memory(path, model):
 
 def _block_memory(tensors, index, block):
     """The BlockMemory of one block. Raises ValueError for a tensor of another shape or with NaN in it."""
-    dim, hidden = block.mlp.fc2.weight.shape
+    dim, hidden = block.output("mlp").whole("weight").shape
     shapes = {"factor": (hidden, hidden), "hidden_mean": (hidden,), "attn_mean": (dim,), "mlp_mean": (dim,)}
-    shapes |= {"attn_error": (block.attn.qkv.width,), "mlp_error": (hidden,)}
+    shapes |= {"attn_error": (block.parts[0].width,), "mlp_error": (hidden,)}
     found = {name: tensors[f"blocks.{index}.{name}"] for name in shapes}
     for name, tensor in found.items():
         if tensor.shape != shapes[name] or not torch.isfinite(tensor).all():

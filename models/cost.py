@@ -1,135 +1,259 @@
-"""Multiply-accumulates and parameters of a ViT at any widths, computed from shapes alone."""
+"""Multiply-accumulates and parameters of a network at any widths, computed from its shapes."""
 
+from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
+from timm.layers import AttentionPoolLatent
 from torch import nn
+from torch.func import functional_call
 
-# The paper's convention counts, besides the products of every linear layer, one operation for each bias added and
-# each GELU, and two for each element of an affine LayerNorm; the two attention matmuls are not counted. These
-# weights are the ones that reproduce the published sub-networks' figures to the printed digit.
-PAPER = {"elementwise": 1, "norm": 2, "matmul": 0}
+from models.kinds import ATTENTION, MLPS
+from models.supernet import BRANCHES, blocks_of, full_widths, set_widths
+from models.width_table import Widths
+
+# What one of each counts. The paper's convention counts, besides the products of every linear layer, one operation for
+# each bias added and each GELU (in a gated MLP: for each activation and each product of a pair), and two for each
+# element of an affine LayerNorm; the two attention matmuls are not counted. These weights are the ones that reproduce
+# the published sub-networks' figures to the printed digit.
+PAPER = {"products": 1, "elementwise": 1, "norm": 2, "matmul": 0}
 # fvcore's convention: products of linear layers and of both attention matmuls, five operations for each element of
-# an affine LayerNorm, nothing for biases and activations.
-MATMULS = {"elementwise": 0, "norm": 5, "matmul": 1}
+# an affine LayerNorm (of nn.LayerNorm, not of RMSNorm), nothing for biases and activations.
+MATMULS = {"products": 1, "layer_norm": 5, "matmul": 1}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What one branch of a block costs: ``each`` for every dimension per head or hidden unit, ``present`` once.
+
+    Counters of products, elementwise, norm, layer_norm, matmul (per image) and parameters. width: the full width;
+    ``whole``: whether it can only be kept whole.
+    """
+
+    each: Counter
+    present: Counter
+    width: int
+    whole: bool
+
+    def count(self, width):
+        """Everything at ``width``."""
+        total = Counter(self.present) if width else Counter()
+        for name, number in self.each.items():
+            total[name] += width * number
+        return total
+
+
+def _weigh(counter, convention):
+    return sum(weight * counter[name] for name, weight in convention.items())
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes of a ViT that its costs follow from. Per image; T counts all tokens, ``patches`` those of patches.
+    """What the costs of a network follow from, per image: ``fixed`` for all that is in no branch, and the 2L branches
+    in the order of Widths.flat."""
 
-    ``pooled`` is the number of tokens that the classifier's norm sees (T, or 1 where it comes after pooling).
-    """
-
-    depth: int  # L
-    dim: int  # D
-    heads: int  # H
-    head_width: int  # d
-    hidden: int  # M
-    tokens: int  # T
-    patches: int
-    patch_inputs: int  # values of one patch: channels x height x width
-    patch_bias: int  # 0 or 1, like the next three
-    qkv_bias: int
-    proj_bias: int
-    mlp_bias: int
-    pre_norm: int
-    norm_tokens: int
-    layer_scale: int
-    classes: int
-    heads_out: int  # classifiers: 2 for a distilled DeiT
-    embedding_parameters: int  # class and register tokens, positions
+    fixed: Counter
+    branches: tuple[Branch, ...]
 
     @classmethod
-    def of(cls, model):
-        """Read the shapes off a timm VisionTransformer, stock or super-network, at full width."""
-        block, projection = model.blocks[0], model.patch_embed.proj
-        heads, tokens = block.attn.num_heads, model.patch_embed.num_patches + model.num_prefix_tokens
-        embeddings = [getattr(model, name, None) for name in ("cls_token", "reg_token", "dist_token", "pos_embed")]
-        return cls(
-            depth=len(model.blocks),
-            dim=model.embed_dim,
-            heads=heads,
-            head_width=block.attn.qkv.out_features // (3 * heads),
-            hidden=block.mlp.fc1.out_features,
-            tokens=tokens,
-            patches=model.patch_embed.num_patches,
-            patch_inputs=projection.weight[0].numel(),
-            patch_bias=int(projection.bias is not None),
-            qkv_bias=int(block.attn.qkv.bias is not None),
-            proj_bias=int(block.attn.proj.bias is not None),
-            mlp_bias=int(block.mlp.fc1.bias is not None),
-            pre_norm=int(not isinstance(model.norm_pre, nn.Identity)),
-            norm_tokens=1 if isinstance(model.norm, nn.Identity) else tokens,
-            layer_scale=int(not isinstance(block.ls1, nn.Identity)),
-            classes=model.num_classes,
-            heads_out=1 + int(getattr(model, "head_dist", None) is not None),
-            embedding_parameters=sum(e.numel() for e in embeddings if e is not None),
-        )
+    @torch.no_grad()
+    def of(cls, supernet):
+        """Count one image through a super-network, at full width and on tensors without memory."""
+        full, before = full_widths(supernet), _present_widths(supernet)
+        set_widths(supernet, full)
+        counts = _Counts(supernet)
+        training = supernet.training
+        try:
+            named = chain(supernet.named_parameters(), supernet.named_buffers())
+            empty = {name: tensor.detach().to("meta") for name, tensor in named}
+            functional_call(supernet.eval(), empty, (_images(supernet, 1, "meta"),))
+        finally:
+            counts.remove()
+            supernet.train(training)
+            set_widths(supernet, before)
+        return cls(counts.fixed, counts.branches)
 
-    # What one kept dimension of every head, one kept hidden unit, and the existence of a branch cost.
+    @property
+    def depth(self):
+        """L."""
+        return len(self.branches) // 2
 
-    def macs_per_attn_width(self, convention):
-        """MACs of one dimension of all H heads: rows of q, k and v, a column of proj, its share of the matmuls."""
-        linear = self.tokens * self.heads * (4 * self.dim + 3 * self.qkv_bias * convention["elementwise"])
-        return linear + 2 * convention["matmul"] * self.heads * self.tokens**2
+    @property
+    def full(self):
+        """The Widths of the full network."""
+        return Widths.from_flat([branch.width for branch in self.branches])
 
-    def macs_per_mlp_width(self, convention):
-        """MACs of one hidden unit: a row of fc1, an activation, a column of fc2."""
-        return self.tokens * (2 * self.dim + (1 + self.mlp_bias) * convention["elementwise"])
+    @property
+    def whole(self):
+        """Which of the 2L branches can only be kept whole or dropped whole."""
+        return [branch.whole for branch in self.branches]
 
     def unit_costs(self, convention=PAPER):
-        """MACs of one dimension of all heads and of one hidden unit, (attention, MLP)."""
-        return self.macs_per_attn_width(convention), self.macs_per_mlp_width(convention)
+        """MACs of one dimension of all heads or one hidden unit of each of the 2L branches; of a branch that goes as a
+        whole, its share of them."""
+        return [
+            _weigh(b.count(b.width), convention) / b.width if b.whole else _weigh(b.each, convention)
+            for b in self.branches
+        ]
 
-    def _branch_macs(self, bias, convention):
-        return self.tokens * self.dim * (convention["norm"] + bias * convention["elementwise"])
+    def _total(self, widths):
+        pairs = zip(self.branches, widths.flat, strict=True)
+        return sum((branch.count(width) for branch, width in pairs), Counter(self.fixed))
 
     def macs(self, widths, convention=PAPER):
         """MACs of one image through the network at ``widths`` (Widths), in the given convention."""
-        one, norm = convention["elementwise"], convention["norm"]
-        fixed = self.patches * self.dim * (self.patch_inputs + self.patch_bias * one)
-        fixed += self.heads_out * self.classes * (self.dim + one)
-        fixed += norm * self.dim * (self.norm_tokens + self.pre_norm * self.tokens)
-        blocks = sum(widths.attn) * self.macs_per_attn_width(convention)
-        blocks += sum(widths.mlp) * self.macs_per_mlp_width(convention)
-        blocks += sum(w > 0 for w in widths.attn) * self._branch_macs(self.proj_bias, convention)
-        blocks += sum(w > 0 for w in widths.mlp) * self._branch_macs(self.mlp_bias, convention)
-        return fixed + blocks
+        return _weigh(self._total(widths), convention)
 
     def parameters(self, widths):
         """Parameters of the extracted network at ``widths``; a removed branch takes its norm and LayerScale along."""
-        fixed = self.embedding_parameters + self.dim * (self.patch_inputs + self.patch_bias)
-        fixed += self.heads_out * self.classes * (self.dim + 1) + 2 * self.dim * (1 + self.pre_norm)
-        per_attn = self.heads * (4 * self.dim + 3 * self.qkv_bias)
-        per_mlp = 2 * self.dim + self.mlp_bias
-        branch = 2 * self.dim + self.layer_scale * self.dim
-        kept = sum(widths.attn) * per_attn + sum(widths.mlp) * per_mlp
-        kept += sum(w > 0 for w in widths.attn) * (branch + self.proj_bias * self.dim)
-        kept += sum(w > 0 for w in widths.mlp) * (branch + self.mlp_bias * self.dim)
-        return fixed + kept
+        return self._total(widths)["parameters"]
+
+
+def _present_widths(supernet):
+    return Widths(*(tuple(w) for w in zip(*((b.attn_width, b.mlp_width) for b in blocks_of(supernet)), strict=True)))
+
+
+def _images(model, count, device):
+    embedding = model.patch_embed
+    size = (count, embedding.proj.in_channels, *embedding.img_size)
+    return torch.zeros(size, dtype=embedding.proj.weight.dtype, device=device)
+
+
+class _Counts:
+    """What one forward pass costs, added up by hooks on every layer: outside of all branches (``fixed``) and, for each
+    of the 2L branches, by ``each`` unit of its width and once (``present``)."""
+
+    def __init__(self, supernet):
+        self.fixed, self.handles, self.called = Counter(), [], set()
+        self.parts = [part for block in blocks_of(supernet) for part in block.parts]
+        self.each, self.present = ([Counter() for _ in self.parts] for _ in range(2))
+        self.owner = {}  # id of a module: the branch that it is in, and what a smaller width cuts of it
+        for index, block in enumerate(blocks_of(supernet)):
+            for branch, names in enumerate(BRANCHES.values()):
+                self._own(block, 2 * index + branch, names)
+        for module in supernet.modules():
+            for name in module._parameters:
+                self._count_parameter(module, name)
+            self.handles.append(module.register_forward_hook(self._on_call))
+
+    def _own(self, block, branch, names):
+        module = (block.attn, block.mlp)[branch % 2]
+        layers = {id(getattr(module, layer.name)): layer for layer in self.parts[branch].layers}
+        for top in (getattr(block, name) for name in names if hasattr(block, name)):
+            self.owner |= {id(child): (branch, layers.get(id(child))) for child in top.modules()}
+        self.owner |= {(id(block), name): (branch, None) for name in (f"gamma_{branch % 2 + 1}",)}
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def branches(self):
+        rows = zip(self.each, self.present, self.parts, strict=True)
+        return tuple(Branch(each, present, part.width, part.whole) for each, present, part in rows)
+
+    def add(self, module, name, number, of_bias=False):
+        """``number`` of what ``name`` says, in ``module``; ``of_bias``: in adding its bias."""
+        branch, layer = self.owner.get(id(module), (None, None))
+        if branch is None:
+            self.fixed[name] += number
+        elif layer is None or (of_bias and layer.side == "in"):
+            self.present[branch][name] += number
+        else:
+            self.each[branch][name] += number // self.parts[branch].width
+
+    def _count_parameter(self, module, name):
+        parameter, scale = module._parameters[name], self.owner.get((id(module), name))
+        if parameter is None:
+            return
+        if scale:
+            self.present[scale[0]]["parameters"] += parameter.numel()
+        else:
+            self.add(module, "parameters", parameter.numel(), of_bias=name == "bias")
+
+    def _on_call(self, module, inputs, output):
+        branch, _ = self.owner.get(id(module), (None, None))
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            self._linear(module, output.numel() // len(module._parameters["weight"]))
+        elif getattr(module, "normalized_shape", None) and module.weight is not None:
+            self.add(module, "norm", output.numel())
+            self.add(module, "layer_norm", output.numel() if isinstance(module, nn.LayerNorm) else 0)
+        elif isinstance(module, tuple(ATTENTION)):
+            self._attention(module, branch, inputs[0])
+        elif isinstance(module, tuple(MLPS)):
+            hidden = output.numel() // output.shape[-1] * module.fc2.in_features
+            operations = MLPS[_stock(module)](module).elementwise * hidden
+            counter, unit = (self.fixed, 1) if branch is None else (self.each[branch], self.parts[branch].width)
+            counter["elementwise"] += operations // unit
+        elif isinstance(module, AttentionPoolLatent):
+            self.fixed["matmul"] += 2 * module.latent_len * inputs[0].shape[1] * module.q.out_features
+
+    def _linear(self, layer, positions):
+        self.called.add(id(layer))
+        weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+        self.add(layer, "products", positions * weight.numel())
+        if bias is not None:
+            self.add(layer, "elementwise", positions * len(weight), of_bias=True)
+
+    def _attention(self, attn, branch, tokens):
+        """tokens: [images or windows, T, D]."""
+        part, (windows, count, _) = self.parts[branch], tokens.shape
+        matmuls = 2 * windows * part.heads * count**2
+        if part.whole:
+            self.present[branch]["matmul"] += matmuls * part.width
+        else:
+            self.each[branch]["matmul"] += matmuls
+        for layer in (getattr(attn, name) for name in part.inputs):
+            if id(layer) not in self.called:  # some classes use the weights without calling the layer
+                self._linear(layer, windows * count)
+                if getattr(attn, "q_bias", None) is not None:
+                    self.add(layer, "elementwise", windows * count * layer.out_features, of_bias=True)
+
+
+def _stock(module):
+    return next(cls for cls in type(module).__mro__ if cls in MLPS)
 
 
 @torch.inference_mode()
 def measured_unit_costs(supernet, batch, device):
-    """Seconds of one dimension of all heads and of one hidden unit, (attention, MLP), where the Shapes count MACs.
+    """Seconds of one dimension of all heads or of one hidden unit of each of the 2L branches, where Shapes count MACs.
 
-    The slope between the full and half the width of a branch of block 0, medians of repeated forward passes of
-    ``batch`` images on ``device``. Leaves the block at full width.
+    The slope between the full width of a branch and half of it (none, where it goes as a whole), medians of repeated
+    calls of its block for ``batch`` images on ``device``; blocks of one shape are measured once. Leaves all blocks at
+    full width.
     """
+    set_widths(supernet, full_widths(supernet))
+    slopes, costs = {}, []
+    for block, (inputs, context) in zip(blocks_of(supernet), _block_inputs(supernet, batch, device), strict=True):
+        shape = (type(block), block.full, inputs[0].shape)
+        if shape not in slopes:
+            slopes[shape] = [_slope(block, branch, inputs, context) for branch in (0, 1)]
+        costs += slopes[shape]
+    return costs
+
+
+def _block_inputs(supernet, batch, device):
+    """(positional, keyword) arguments of every block for ``batch`` images of zeros."""
+    seen, handles = [], []
+    for block in blocks_of(supernet):
+        hook = block.register_forward_pre_hook(lambda _m, *arguments: seen.append(arguments), with_kwargs=True)
+        handles.append(hook)
+    supernet(_images(supernet, batch, device))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _slope(block, branch, inputs, context):
     from torch.utils.benchmark import Timer  # looks for a CUDA compiler when imported, and complains
 
-    block, shapes = supernet.blocks[0], Shapes.of(supernet)
-    tokens = torch.zeros(batch, shapes.tokens, shapes.dim, device=device)
-    slopes = []
-    for full in ((shapes.head_width, 0), (0, shapes.hidden)):
-        seconds = []
-        for part in (1, 2):
-            block.set_widths(*(width // part for width in full))
-            timer = Timer(
-                "block(tokens)", globals={"block": block, "tokens": tokens}, num_threads=torch.get_num_threads()
-            )
-            seconds.append(timer.blocked_autorange(min_run_time=0.5).median)
-        slopes.append(max(seconds[0] - seconds[1], 1e-9) / (sum(full) / 2))
-    block.set_widths(shapes.head_width, shapes.hidden)
-    return tuple(slopes)
+    part, seconds = block.parts[branch], []
+    less = 0 if part.whole else part.width // 2
+    names = {"block": block, "inputs": inputs, "context": context}
+    for width in (part.width, less):
+        block.set_widths(*(width if index == branch else 0 for index in (0, 1)))
+        timer = Timer("block(*inputs, **context)", globals=names, num_threads=torch.get_num_threads())
+        seconds.append(timer.blocked_autorange(min_run_time=0.5).median)
+    block.set_widths(*block.full)
+    return max(seconds[0] - seconds[1], 1e-9) / (part.width - less)

@@ -6,8 +6,10 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from models.subnetwork import narrow, narrow_block
-from models.vit import ModelSpec, as_supernet, load_weights, set_widths
+from models.kinds import block_paths
+from models.subnetwork import Gone, narrow, narrow_block
+from models.supernet import BRANCHES, as_stock, as_supernet, blocks_of, set_widths
+from models.vit import ModelSpec, load_weights
 from models.width_table import Widths
 from utils import InputError
 
@@ -16,41 +18,55 @@ from utils import InputError
 def extract(supernet, widths):
     """Cut the sub-network of ``widths`` (Widths) out of a super-network; the super-network keeps its own weights.
 
-    A block with both branches is timm's Block, one with a single branch timm's Residual around norm and branch, one
-    with none nn.Identity. The square root of d that the logits are divided by is folded into the queries, so that
+    A block keeps timm's class; in a plain ViT one with a single branch is timm's Residual around norm and branch, and
+    one with none nn.Identity. The square root of d that the logits are divided by is folded into the queries, so that
     stock attention of the smaller head width computes the same. Raises ValueError if the widths do not fit.
     """
     set_widths(supernet, widths)
-    # Everything but the blocks is copied as it is.
-    network = copy.deepcopy(supernet, {id(supernet.blocks): nn.Sequential()})
-    network.blocks = nn.Sequential(*(_peel_block(block) for block in supernet.blocks))
+    blocks = blocks_of(supernet)
+    # What is cut is not copied first: in the copy its parameters have no memory, until their prefixes replace them.
+    cut = [parameter for block in blocks for layer in _cut_layers(block) for parameter in layer.parameters()]
+    memo = {id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in cut}
+    network = as_stock(copy.deepcopy(supernet, memo))
+    for block, path in zip(blocks, block_paths(network), strict=True):
+        with torch.device("meta"):
+            peeled = narrow_block(network.get_submodule(path), block.attn_width, block.mlp_width)
+        network.set_submodule(path, peeled)
+        _fill(block, peeled)
     return network.eval()
 
 
-def _peel_block(block):
-    """The stock modules of one PrefixBlock at its present widths."""
-    with torch.device("meta"):
-        stock = narrow_block(block, block.attn_width, block.mlp_width)
-    branches = getattr(stock, "fn", stock)
-    if block.attn_width:
-        _copy_prefix(block.attn.qkv, branches.attn.qkv)
-        _copy_prefix(block.attn.proj, branches.attn.proj)
-    if block.mlp_width:
-        _copy_prefix(block.mlp.fc1, branches.mlp.fc1)
-        _copy_prefix(block.mlp.fc2, branches.mlp.fc2)
-    return stock
+def _cut_layers(block):
+    """All layers of a PrefixBlock of which a smaller width keeps a part."""
+    branches = zip((block.attn, block.mlp), block.parts, strict=True)
+    return [getattr(module, layer.name) for module, part in branches for layer in part.layers]
 
 
-def _copy_prefix(source, target):
-    weight, bias = source.prefix()
-    target.weight = nn.Parameter(_own(weight, source.weight))
-    target.bias = None if bias is None else nn.Parameter(_own(bias, source.bias))
+def _fill(block, peeled):
+    """Give the narrower layers of a peeled block the prefixes of a PrefixBlock at its present widths."""
+    for branch, part in zip(BRANCHES, block.parts, strict=True):
+        target = branch_of(peeled, branch)
+        for layer in part.layers if target else ():
+            source, new = (getattr(module, layer.name) for module in (getattr(block, branch), target))
+            for name, parameter in list(source.named_parameters()):
+                setattr(new, name, nn.Parameter(_own(getattr(source, name), parameter)))
 
 
 def _own(tensor, original):
     """``tensor`` contiguous in memory of its own; one that is not a view of ``original`` has been copied already."""
     copied = tensor.untyped_storage().data_ptr() != original.untyped_storage().data_ptr()
     return tensor if copied else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def holder_of(peeled):
+    """The module that has norm, branch and LayerScale of a peeled block as attributes."""
+    return getattr(peeled, "fn", peeled)
+
+
+def branch_of(peeled, name):
+    """The attention ('attn') or MLP ('mlp') of a peeled block, or None where it is gone."""
+    module = getattr(holder_of(peeled), name, None)
+    return None if isinstance(module, Gone) else module
 
 
 # ------------------------------------------------------------------------------------------ description
@@ -72,7 +88,7 @@ def build(description, source, input_size=None, **kwargs):
         spec = replace(spec, img_size=input_size or spec.img_size)
         network = as_supernet(spec.build(**kwargs))
         set_widths(network, widths)  # refuses widths that do not fit
-        narrow(network, widths.attn, widths.mlp)
+        narrow(as_stock(network), widths.attn, widths.mlp)
     except InputError:
         raise
     except Exception as error:  # whatever stands there goes through timm and torch

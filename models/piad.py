@@ -1,7 +1,7 @@
 """PIAD, progressive importance-aware dropout: what each unit is worth, and the list of what goes first.
 
 A unit is the smallest thing that can be dropped: 1/8 of the head width (in all heads of a block together) or 1/32
-of the hidden width. Paper, section on PIAD.
+of the hidden width; or a whole branch, where nothing less can go. Paper, section on PIAD.
 """
 
 import heapq
@@ -18,35 +18,54 @@ ATTN_GROUPS, MLP_GROUPS = 8, 32
 
 @dataclass(frozen=True)
 class Groups:
-    """The size of one droppable unit: dimensions per head, and hidden units."""
+    """The droppable units of a network of full Widths ``full``.
 
-    attn: int
-    mlp: int
+    sizes: dimensions per head, or hidden units, of one unit of each of the 2L branches. The last unit of a branch, the
+    first to go, is smaller where the size does not divide the width. least: the Widths below which nothing goes.
+    """
+
+    full: Widths
+    sizes: tuple[int, ...]
+    least: Widths
 
     @classmethod
-    def of(cls, full):
-        """The groups of a network of full Widths ``full``. Raises InputError if they do not divide its widths."""
-        head_width, hidden = full.attn[0], full.mlp[0]
-        if not (head_width and hidden) or head_width % ATTN_GROUPS or hidden % MLP_GROUPS:
-            raise InputError(
-                f"head width {head_width} and hidden width {hidden} must be multiples of {ATTN_GROUPS} and {MLP_GROUPS}"
-            )
-        return cls(head_width // ATTN_GROUPS, hidden // MLP_GROUPS)
+    def of(cls, full, whole=None, least=None):
+        """The groups of a network of full Widths ``full``.
 
-    def size(self, branch):
-        """The unit of branch ``branch`` of Widths.flat: even are attention, odd are MLP."""
-        return self.attn if branch % 2 == 0 else self.mlp
+        whole: for each of the 2L branches whether it goes as one unit (none does). least: Widths to keep everywhere
+        (none are); they are rounded up to a whole unit. Raises InputError if a full width is not positive.
+        """
+        if not full.flat or min(full.flat) < 1:
+            raise InputError(f"the widths {list(full.flat)} of the full network must all be positive")
+        whole = whole or [False] * len(full.flat)
+        units = (ATTN_GROUPS, MLP_GROUPS)
+        sizes = [
+            w if one else _unit_size(w, units[b % 2]) for b, (w, one) in enumerate(zip(full.flat, whole, strict=True))
+        ]
+        floor = least.flat if least else [0] * len(sizes)
+        floor = [min(math.ceil(f / size) * size, w) for f, size, w in zip(floor, sizes, full.flat, strict=True)]
+        return cls(full, tuple(sizes), Widths.from_flat(floor))
 
     def counts(self, widths):
         """The units that ``widths`` keeps of each of the 2L branches. Raises InputError if it keeps part of one, as
         the table of another tool may."""
-        for branch, width in enumerate(widths.flat):
-            if width % self.size(branch):
+        for branch, (width, size, full) in enumerate(zip(widths.flat, self.sizes, self.full.flat, strict=True)):
+            if width % size and width != full:
                 raise InputError(
                     f"the width {width} of '{branch_names(len(widths.attn))[branch]}' is not a multiple of "
-                    f"{self.size(branch)}, the dimensions that are dropped together"
+                    f"{size}, the dimensions that are dropped together"
                 )
-        return [width // self.size(branch) for branch, width in enumerate(widths.flat)]
+        return [math.ceil(width / size) for width, size in zip(widths.flat, self.sizes, strict=True)]
+
+    def shares(self, branch, values):
+        """Sums of ``values`` [width] over each unit of a branch, [units]."""
+        return torch.stack([unit.sum() for unit in values.split(self.sizes[branch])]) if len(values) else values
+
+
+def _unit_size(width, units):
+    """The size of ``units`` equal units; where they do not divide ``width``, a larger one that hardware likes."""
+    size = math.ceil(width / units)
+    return size if width % units == 0 or size < 8 else math.ceil(size / 8) * 8
 
 
 def sensitivity(cost, costs_without):
@@ -63,18 +82,23 @@ def unit_importance(gammas, statistics, widths, groups, unit_costs):
     Args:
         gammas: 2L module sensitivities, order of Widths.flat.
         statistics: L BlockStatistics measured at ``widths``; alpha is the share of their Taylor sums.
-        unit_costs: what one dimension of all heads and one hidden unit cost, (attention, MLP): MACs, or seconds.
+        unit_costs: what one dimension of all heads or one hidden unit of each branch costs, [2L]: MACs, or seconds.
     Returns 2L lists, first unit first; empty where the branch is gone. Raises InputError as ``Groups.counts``.
     """
-    importance, counts = [], groups.counts(widths)
+    importance = []
+    groups.counts(widths)
     for branch, gamma in enumerate(gammas):
         sums = statistics[branch // 2]
         taylor = sums.taylor_attn.sum((0, 1)) if branch % 2 == 0 else sums.taylor_mlp
         alpha = taylor / taylor.sum().clamp(min=torch.finfo(taylor.dtype).tiny)
-        size = groups.size(branch)
-        shares = alpha.unflatten(0, (counts[branch], size)).sum(1)
-        importance.append((gamma * shares / (size * unit_costs[branch % 2])).tolist())
+        importance.append(_per_cost(gamma * alpha, branch, groups, unit_costs))
     return importance
+
+
+def _per_cost(values, branch, groups, unit_costs):
+    """The importance per cost of each unit of a branch, from that of its dimensions: a list, first unit first."""
+    sizes = groups.shares(branch, torch.ones_like(values))
+    return (groups.shares(branch, values) / (sizes * unit_costs[branch])).tolist()
 
 
 def error_importance(memory, widths, groups, unit_costs):
@@ -85,20 +109,19 @@ def error_importance(memory, widths, groups, unit_costs):
     """
     importance = []
     for branch, width in enumerate(widths.flat):
-        sums, size = memory[branch // 2], groups.size(branch)
+        sums = memory[branch // 2]
         errors = sums.attn_error if branch % 2 == 0 else sums.mlp_error
-        units = errors[:width].unflatten(0, (width // size, size)).sum(1)
-        importance.append((units / (size * unit_costs[branch % 2])).tolist())
+        importance.append(_per_cost(errors[:width], branch, groups, unit_costs))
     return importance
 
 
-def steps_by_error(memory, full, shapes, drop_ratio):
+def steps_by_error(memory, groups, shapes, drop_ratio):
     """The complete list of a training-free super-network, grown in one go from ``error_importance``.
 
-    full: Widths; drop_ratio: share of the full network's MACs that the last step has lost. Returns a list of Widths.
+    drop_ratio: share of the full network's MACs that the last step has lost. Returns a list of Widths.
     """
-    groups, steps = Groups.of(full), [full]
-    importance = error_importance(memory, full, groups, shapes.unit_costs())
+    full = groups.full
+    steps, importance = [full], error_importance(memory, full, groups, shapes.unit_costs())
     grow(steps, importance, groups, shapes.macs, shapes.macs(full) * (1 - drop_ratio))
     return steps
 
@@ -123,14 +146,13 @@ def drop_order(importance):
     return [(total / size, size) for total, size in reversed(pools)]
 
 
-def check_reachable(full, cost, target):
-    """Raise InputError if even the network of full Widths ``full`` without any branch costs more than ``target``."""
-    left = cost(Widths((0,) * len(full.attn), (0,) * len(full.mlp)))
+def check_reachable(groups, cost, target):
+    """Raise InputError if even the smallest network that ``groups`` allow costs more than ``target``."""
+    left, full = cost(groups.least), cost(groups.full)
     if left > target:
-        left /= cost(full)
         raise InputError(
-            f"--drop_ratio leaves {target / cost(full):.3f} of the MACs; without any branch {left:.3f} are left, "
-            f"so it must be below {1 - left:.3f}"
+            f"--drop_ratio leaves {target / full:.3f} of the MACs; the smallest network that can be cut has "
+            f"{left / full:.3f} of them, so it must be below {1 - left / full:.3f}"
         )
 
 
@@ -141,22 +163,23 @@ def grow(steps, importance, groups, cost, target):
         steps: list of Widths, extended in place; what it holds already never changes.
         importance: 2L lists from ``unit_importance`` at ``steps[-1]``.
         cost: function of Widths, in MACs.
-    Raises InputError if even the network without any branch costs more than the target, or if an importance is not
-    finite; ValueError if the importance is not that of the last step.
+    Raises InputError if even the smallest network costs more than the target, or if an importance is not finite;
+    ValueError if the importance is not that of the last step.
     """
-    check_reachable(steps[0], cost, target)
+    check_reachable(groups, cost, target)
     if [len(units) for units in importance] != groups.counts(steps[-1]):
         raise ValueError(f"importance of {[len(units) for units in importance]} units for the widths {steps[-1]}")
     for branch, units in enumerate(importance):
         if not all(math.isfinite(value) for value in units):
             raise InputError(f"block {branch // 2}: the importance of a unit is NaN or infinite")
-    queues = [drop_order(units) for units in importance]
+    kept = groups.counts(groups.least)
+    queues = [drop_order(units[least:]) for units, least in zip(importance, kept, strict=True)]
     heap = [(queue[0][0], branch, 0) for branch, queue in enumerate(queues) if queue]
     heapq.heapify(heap)
     while cost(steps[-1]) > target:
         _, branch, at = heapq.heappop(heap)
-        flat = list(steps[-1].flat)
-        flat[branch] -= queues[branch][at][1] * groups.size(branch)
+        flat, units = list(steps[-1].flat), groups.counts(steps[-1])[branch]
+        flat[branch] = (units - queues[branch][at][1]) * groups.sizes[branch]
         steps.append(Widths.from_flat(flat))
         if at + 1 < len(queues[branch]):
             heapq.heappush(heap, (queues[branch][at + 1][0], branch, at + 1))

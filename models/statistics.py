@@ -11,6 +11,7 @@ from einops import rearrange
 from torch.nn import functional as F
 
 import utils
+from models.supernet import blocks_of
 from utils import InputError
 
 # Tokens that are in float64 at a time, or one image if that has more.
@@ -105,7 +106,8 @@ class BlockStatistics:
 
     ``theta_*`` weight a token by theta = mean |g f| (the paper's token importance), ``grad_*`` by |g|^2, for g the
     gradient of the objective at that feature. z is the attention output of a head, before proj. The keys of ``grad_k``
-    are centred in every image by the mean of its own keys.
+    are centred in every image (or window) by the mean of its own keys. Of attention that is kept or dropped whole only
+    z is measured: there ``taylor_attn`` and ``hessian_attn`` have z in the place of v and nothing for q and k.
     """
 
     taylor_attn: torch.Tensor  # [3, H, d] sum of |g f| for q, k and v
@@ -122,23 +124,29 @@ class BlockStatistics:
     attn_gram: SymmetricSum | None = None  # [D, D] sum of go go^T, go the gradient at the output of proj
     mlp_gram: SymmetricSum | None = None  # [D, D] the same at the output of fc2
     hidden: Moments | None = None  # one group of M: the hidden vector a, tokens weighted by |dC/da|^2
+    attn_mean: torch.Tensor | None = None  # [D + 1] sum of what attention adds to the residual stream, and tokens
+    mlp_mean: torch.Tensor | None = None  # [D + 1] the same of the MLP; of branches that end in a norm only
 
     @classmethod
     def zeros(cls, block, device, moments, hidden):
         """All sums at zero for a PrefixBlock at its present widths."""
-        heads, width, units, dim = block.num_heads, block.attn_width, block.mlp_width, block.mlp.fc2.out_features
+        heads, width, units, dim = block.num_heads, block.attn_width, block.mlp_width, block.output("mlp").out_features
 
         def zeros(*shape):
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         sums = cls(zeros(3, heads, width), zeros(3, heads, width), zeros(units), zeros(units))
         if moments:
-            for field in fields(cls):
-                if field.name.startswith(("theta_", "grad_")):
-                    setattr(sums, field.name, Moments(heads, width, device))
-            sums.joint_z, sums.attn_gram = Moments(1, heads * width, device), SymmetricSum(1, dim, device)
+            wanted = ("grad_z",) if block.parts[0].whole else ("theta_", "grad_")
+            for name in (field.name for field in fields(cls) if field.name.startswith(wanted)):
+                setattr(sums, name, Moments(heads, width, device))
+            sums.attn_gram = SymmetricSum(1, dim, device)
+            if not block.parts[0].whole:
+                sums.joint_z = Moments(1, heads * width, device)
         if hidden:
             sums.hidden, sums.mlp_gram = Moments(1, units, device), SymmetricSum(1, dim, device)
+        if moments and block.kind.post_norm:
+            sums.attn_mean, sums.mlp_mean = zeros(dim + 1), zeros(dim + 1)
         return sums
 
     def mean_gram(self, branch):
@@ -158,42 +166,57 @@ class BlockStatistics:
 class _BlockTap:
     """Hooks on the layers of one block that add each batch to its BlockStatistics during the backward pass.
 
-    What they keep until then, and let go at once, is what autograd keeps too: q, k, v, the attention output and the
-    input of the activation function, from which the hidden vector is computed again.
+    What they keep until then, and let go at once, is what autograd keeps too: q, k, v, the attention output and what
+    goes into the activation function, from which the hidden vector is computed again.
     """
 
     def __init__(self, block, device, moments, hidden):
         self.block, self.moments, self.hidden = block, moments, hidden
         self.sums = BlockStatistics.zeros(block, device, moments, hidden)
         self.handles, self.kept = [], {}
-        if block.attn_width:
-            self.handles.append(block.attn.qkv.register_forward_hook(self._on_qkv))
-            if moments:
-                self.handles.append(block.attn.proj.register_forward_hook(self._on_proj))
-        if block.mlp_width:
-            self.handles.append(block.mlp.act.register_forward_hook(self._on_act))
-            if hidden:
-                self.handles.append(block.mlp.fc2.register_forward_hook(self._on_fc2))
+        (attention, mlp), (has_attn, has_mlp) = block.parts, (block.attn_width, block.mlp_width)
+        if has_attn and not attention.whole:
+            self._on(block.attn.qkv, self._on_qkv)
+        if has_attn and (moments or attention.whole):
+            self._on(block.output("attn"), self._on_attention_output)
+        if has_mlp:
+            for name in mlp.inputs:
+                self._on(getattr(block.mlp, name), self._on_mlp_input, name)
+            self._on(block.output("mlp"), self._on_mlp_output)
+        for branch in ("attn", "mlp") if self.sums.attn_mean is not None else ():
+            self._on(getattr(block, "norm1" if branch == "attn" else "norm2"), self._on_end, branch)
+
+    def _on(self, module, hook, *arguments):
+        self.handles.append(module.register_forward_hook(lambda _m, given, out: hook(*arguments, given[0], out)))
 
     def remove(self):
         for handle in self.handles:
             handle.remove()
 
-    def _on_qkv(self, _module, _inputs, output):
+    def _on_qkv(self, _given, output):
         self.kept["qkv"] = output.detach()
         output.register_hook(lambda gradient: self._add_qkv(self.kept.pop("qkv"), gradient))
 
-    def _on_proj(self, _module, inputs, output):
-        self.kept["z"] = inputs[0].detach()
-        inputs[0].register_hook(lambda gradient: self._add_z(self.kept.pop("z"), gradient))
-        output.register_hook(self._add_output)
+    def _on_attention_output(self, z, output):
+        self.kept["z"] = z.detach()
+        z.register_hook(lambda gradient: self._add_z(self.kept.pop("z"), gradient))
+        if self.moments:
+            output.register_hook(self._add_output)
 
-    def _on_act(self, _module, inputs, output):
-        self.kept["act"] = inputs[0].detach()
-        output.register_hook(lambda gradient: self._add_hidden(self.kept.pop("act"), gradient))
+    def _on_mlp_input(self, name, _given, output):
+        self.kept[name] = output.detach()
 
-    def _on_fc2(self, _module, _inputs, output):
-        output.register_hook(lambda gradient: _add_gram(self.sums.mlp_gram, gradient))
+    def _on_mlp_output(self, hidden, output):
+        names = self.block.parts[1].inputs
+        hidden.register_hook(lambda gradient: self._add_hidden([self.kept.pop(name) for name in names], gradient))
+        if self.hidden:
+            output.register_hook(lambda gradient: _add_gram(self.sums.mlp_gram, gradient))
+
+    def _on_end(self, branch, _given, output):
+        total = getattr(self.sums, f"{branch}_mean")
+        flat = output.detach().flatten(0, -2)
+        total[:-1] += flat.sum(0, dtype=torch.float64)
+        total[-1] += len(flat)
 
     def _heads(self, tensor):
         return rearrange(tensor.double(), "b t (h d) -> h (b t) d", h=self.block.num_heads)
@@ -221,18 +244,26 @@ class _BlockTap:
     def _add_output(self, gradient):
         # proj's output has its gradient before its input: z is still there.
         _add_gram(self.sums.attn_gram, gradient)
+        if self.sums.joint_z is None:
+            return
         for f, g in _parts(self.kept["z"], gradient):
             flat = rearrange(f.double(), "b t c -> 1 (b t) c")
             self.sums.joint_z.add(flat, rearrange(g.double().norm(dim=-1), "b t -> 1 (b t)"))
 
     def _add_z(self, z, gradient):
         for f, g in _parts(z, gradient):
-            self.sums.grad_z.add(self._heads(f), self._heads(g).square().sum(-1))
+            f, g = self._heads(f), self._heads(g)
+            if self.moments:
+                self.sums.grad_z.add(f, g.square().sum(-1))
+            if self.block.parts[0].whole:
+                taylor = (f * g).abs()
+                self.sums.taylor_attn[2] += taylor.sum(1)
+                self.sums.hessian_attn[2] += taylor.square().sum(1)
 
     def _add_hidden(self, before, gradient):
-        for x, g in _parts(before, gradient):
-            # Not act(x): that would call the hook which led here.
-            a, g = (rearrange(t.float(), "b t m -> (b t) m") for t in (self.block.mlp.act.forward(x), g))
+        for *inputs, g in _parts(*before, gradient):
+            hidden = self.block.parts[1].hidden(self.block.mlp, *(x.float() for x in inputs))
+            a, g = (rearrange(t.float(), "b t m -> (b t) m") for t in (hidden, g))
             taylor = (a * g).abs()
             self.sums.taylor_mlp += taylor.sum(0, dtype=torch.float64)
             self.sums.hessian_mlp += taylor.square().sum(0, dtype=torch.float64)
@@ -266,7 +297,7 @@ def collect_statistics(model, batches, objective, device, moments=True, hidden=F
     training = model.training
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     model.eval().requires_grad_(False)
-    taps = [_BlockTap(block, device, moments, hidden) for block in model.blocks]
+    taps = [_BlockTap(block, device, moments, hidden) for block in blocks_of(model)]
     seen = torch.zeros((), device=device)
     try:
         for images, labels, positions in utils.progress(batches, "statistics"):

@@ -10,7 +10,8 @@ from torch import nn
 from models import peel, subnetwork
 from models.compensation import MEMORY_NAME, compensate, load_memory
 from models.cost import MATMULS, Shapes
-from models.vit import ALIASES, ModelSpec, as_supernet, classes_of, full_widths, load_weights, read_checkpoint
+from models.supernet import as_supernet, full_widths
+from models.vit import ALIASES, ModelSpec, classes_of, load_weights, read_checkpoint
 from models.width_table import WidthTable
 from utils import InputError
 

@@ -1,9 +1,8 @@
 """Load a saved sub-network, a folder with model.safetensors and config.json, as a network of stock timm modules.
 
-Needs torch, timm (1.0.23 or newer) and safetensors, and nothing else of this repository: the file may be copied.
+Needs torch, timm (1.0.23 or newer) and safetensors, and of this repository kinds.py alone: both files may be copied.
 """
 
-import copy
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -11,10 +10,13 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import Attention, Mlp
 from timm.models.convmixer import Residual
-from timm.models.vision_transformer import Block
 from torch import nn
+
+try:
+    from models import kinds
+except ImportError:  # copied: the two files lie beside each other
+    import kinds
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 # What timm.data.resolve_data_config reads off a network.
@@ -26,16 +28,14 @@ def load_subnetwork(folder):
     size, mean and std, for ``timm.data.resolve_data_config``. Raises ValueError if config.json is not one of ours.
     """
     config = read_config(folder)
-    # Without memory until the weights come: nothing is initialised in vain.
-    with torch.device("meta"):
-        network = timm.create_model(
-            config["architecture"],
-            num_classes=config["num_classes"],
-            pretrained_cfg_overlay={key: config[key] for key in DATA_KEYS},
-            **config["architecture_args"],
-        )
-        narrow(network, config["widths"]["attn"], config["widths"]["mlp"])
-    network.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME), assign=True)
+    network = timm.create_model(
+        config["architecture"],
+        num_classes=config["num_classes"],
+        pretrained_cfg_overlay={key: config[key] for key in DATA_KEYS},
+        **config["architecture_args"],
+    )
+    narrow(network, config["widths"]["attn"], config["widths"]["mlp"])
+    network.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
     return network.eval()
 
 
@@ -54,49 +54,51 @@ def read_config(folder):
 
 
 def narrow(network, attn, mlp):
-    """Give the blocks of a timm VisionTransformer, in place, ``attn[b]`` dimensions per head and ``mlp[b]`` hidden
-    units, 0 for no such branch. The attention and MLP layers are new, on the default device; all else is kept."""
-    network.blocks = nn.Sequential(*(narrow_block(*each) for each in zip(network.blocks, attn, mlp, strict=True)))
+    """Give the blocks of a stock timm model, in place, ``attn[b]`` dimensions per head and ``mlp[b]`` hidden units,
+    0 for no such branch. The layers that are cut are new, on the default device; all else stays."""
+    for path, *widths in zip(kinds.block_paths(network), attn, mlp, strict=True):
+        network.set_submodule(path, narrow_block(network.get_submodule(path), *widths))
 
 
 def narrow_block(block, attn_width, mlp_width):
-    """What stands for one block: timm's Block, for a single branch timm's Residual around it, for none an Identity.
-
-    The linear layers are new and on the default device; norms, LayerScale and drop path are copies of the block's.
-    """
-    branches = []
-    if attn_width:
-        branches.append(_branch(block, 1, "attn", _attention(block.attn, attn_width)))
-    if mlp_width:
-        branches.append(_branch(block, 2, "mlp", _mlp(block.mlp, mlp_width)))
-    if len(branches) < 2:
-        return Residual(nn.Sequential(branches[0])) if branches else nn.Identity()
-    with torch.device("meta"):
-        whole = Block(block.norm1.weight.numel(), block.attn.num_heads)
-    for name, module in (branches[0] | branches[1]).items():
-        setattr(whole, name, module)
-    return whole
-
-
-def _branch(block, number, name, layers):
-    """The modules of one residual branch by their names in a Block, in the order in which they are run."""
-    norm, scale, drop = (copy.deepcopy(getattr(block, f"{part}{number}")) for part in ("norm", "ls", "drop_path"))
-    return OrderedDict({f"norm{number}": norm, name: layers, f"ls{number}": scale, f"drop_path{number}": drop})
+    """What stands for one stock block, made of its own modules: the block, with ``Gone`` for a branch that is off;
+    where the branch that is left runs by itself, timm's Residual around it; and for none an Identity."""
+    alone, widths = kinds.BLOCKS[type(block)].alone, {"attn": attn_width, "mlp": mlp_width}
+    for part, (branch, width) in zip(kinds.parts_of(block), widths.items(), strict=True):
+        if width:
+            kinds.narrow(getattr(block, branch), part, width)
+    left = [branch for branch, width in widths.items() if width]
+    if alone and not left:
+        return nn.Identity()
+    if len(left) == 1 and left[0] in alone:
+        return Residual(_branch(block, *left))
+    for branch in widths:
+        if branch not in left:
+            _remove(block, branch)
+    return block
 
 
-def _attention(full, width):
-    return Attention(
-        full.qkv.in_features,
-        num_heads=full.num_heads,
-        attn_head_dim=width,
-        qkv_bias=full.qkv.bias is not None,
-        proj_bias=full.proj.bias is not None,
-        attn_drop=full.attn_drop.p,
-        proj_drop=full.proj_drop.p,
-    )
+def _branch(block, name):
+    """The modules of one residual branch, by their names in a block, in the order in which they run."""
+    number = {"attn": 1, "mlp": 2}[name]
+    names = [f"norm{number}", name] if not kinds.BLOCKS[type(block)].post_norm else [name, f"norm{number}"]
+    names += [each for each in (f"ls{number}", f"drop_path{number}") if hasattr(block, each)]
+    return nn.Sequential(OrderedDict((each, getattr(block, each)) for each in names))
 
 
-def _mlp(full, width):
-    layers = Mlp(full.fc1.in_features, width, bias=full.fc1.bias is not None)
-    layers.act, layers.drop1, layers.drop2 = (copy.deepcopy(m) for m in (full.act, full.drop1, full.drop2))
-    return layers
+def _remove(block, name):
+    """Take one branch out of a block whose forward still calls it."""
+    number = {"attn": 1, "mlp": 2}[name]
+    setattr(block, name, Gone())
+    for each in (f"norm{number}", f"ls{number}", f"drop_path{number}"):
+        if hasattr(block, each):
+            setattr(block, each, nn.Identity())
+    if block._parameters.pop(f"gamma_{number}", None) is not None:
+        setattr(block, f"gamma_{number}", 1.0)
+
+
+class Gone(nn.Module):
+    """In place of an attention or MLP that was removed, where timm's block insists on calling one: gives zeros."""
+
+    def forward(self, x, *_args, **_kwargs):
+        return torch.zeros_like(x)

@@ -156,7 +156,7 @@ class Budget:
         limit = self.value * unit
         step = table.first_within(cost, limit)
         self.check_reach(step, *(cost(table.steps[end]) / unit for end in (-1, 0)))
-        widths = widen(table, step, cost, limit) if finer and step else table.steps[step]
+        widths = widen(table, step, cost, limit, shapes.whole) if finer and step else table.steps[step]
         return Choice(step, widths, widths != table.steps[step])
 
     def check_reach(self, step, least, most):
@@ -167,15 +167,16 @@ class Budget:
             raise InputError(f"--{self}: out of reach; this table has networks from {low} to {high}")
 
 
-def widen(table, step, cost, limit):
+def widen(table, step, cost, limit, whole):
     """The widths of ``step``, branch by branch as near to those of the step before as ``cost`` of at most ``limit``
     allows. What is added comes in multiples of 8, which hardware likes, or where the table's own widths are no
-    multiples of 8, of their greatest common divisor.
+    multiples of 8, of their greatest common divisor; all of it or nothing where ``whole`` [2L] says so.
     """
     present, before = list(table.steps[step].flat), table.steps[step - 1].flat
     grains = [gcd(8, *(w for widths in table.steps for w in widths.flat[branch::2])) for branch in (0, 1)]
     for branch, most in enumerate(before):
-        for width in range(most, present[branch], -grains[branch % 2]):
+        grain = max(most, 1) if whole[branch] else grains[branch % 2]
+        for width in range(most, present[branch], -grain):
             wider = [*present[:branch], width, *present[branch + 1 :]]
             if cost(Widths.from_flat(wider)) <= limit:
                 present = wider

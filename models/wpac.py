@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 
 from models.compensation import greedy_order, remember
+from models.supernet import blocks_of
 
 # Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
 EIGENVALUE_FLOOR = 1e-9
@@ -170,43 +171,56 @@ def equalising_scale(first, second):
 # ------------------------------------------------------------------------------------------ rewriting
 
 
-def reparameterise(model, statistics, basis="balanced", mlp_order="taylor"):
-    """Rewrite the weights of a super-network, in place, so that every prefix keeps as much as possible.
+def reparameterise(model, statistics, basis="balanced", mlp_order="taylor", alone=()):
+    """Rewrite the weights of a super-network, in place, so that every prefix keeps as much as possible. What is not
+    exact for a kind of attention or MLP is left out (``models.kinds``).
 
     Args:
         statistics: list of BlockStatistics from ``collect_statistics`` with moments, at full width.
         basis: 'pca' (paper) or 'balanced' (mean folding, output-aware V/O basis, balanced Q/K basis).
         mlp_order: order of the hidden units by 'taylor' (mean |g a|), 'hessian' (mean (g a)^2), or 'greedy': by what
             compensation cannot predict from the units before (needs hidden moments).
+        alone: the branches, by their index in Widths.flat, whose weights stay as they are.
     Returns a list of L BlockMemory for compensation, or of None where the statistics have no hidden moments.
     """
-    rewrite = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
     results = []
-    for block, sums in zip(model.blocks, statistics, strict=True):
-        weights = HeadWeights.read(block.attn, block.num_heads)
-        attn_mean = torch.einsum("hcd,hd->c", weights.proj, sums.grad_z.mean) + weights.proj_bias
-        attn_error = rewrite(weights, sums)
-        weights.write(block.attn)
-        order = hidden_order(block.mlp, sums, mlp_order)
-        _permute_hidden(block.mlp, order)
-        results.append(_remember(block, sums, order, attn_mean, attn_error) if sums.hidden else None)
+    for index, (block, sums) in enumerate(zip(blocks_of(model), statistics, strict=True)):
+        attn_mean, attn_error = _rewrite_attention(block, sums, basis, 2 * index in alone)
+        if 2 * index + 1 in alone:
+            order = torch.arange(block.mlp_width, device=sums.taylor_mlp.device)
+        else:
+            order = hidden_order(block.output("mlp"), sums, mlp_order)
+            _permute_hidden(block, order)
+        results.append(remember(block, sums, attn_mean, attn_error, order) if sums.hidden else None)
     return results
 
 
-def hidden_order(mlp, sums, kind):
-    """The permutation [M] of an MLP's hidden units that ``kind`` asks for, most important first."""
+def _rewrite_attention(block, sums, basis, alone):
+    """Rewrite one block's heads. Returns the mean of its attention's output, [D], and the errors of dimensions, [d]."""
+    part, proj = block.parts[0], block.output("attn")
+    columns = rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=part.heads)
+    mean = torch.einsum("hcd,hd->c", columns, sums.grad_z.mean)
+    mean = mean if proj.bias is None else mean + proj.bias.detach().double()
+    if part.whole or alone:
+        variance = sums.grad_z.about(sums.grad_z.mean).diagonal(dim1=-2, dim2=-1)
+        return mean, output_errors(variance, columns, sums.mean_gram("attn"))
+    weights = HeadWeights.read(block.attn, part)
+    errors = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis](weights, sums)
+    weights.write(block.attn)
+    if not weights.can_turn_keys:
+        _permute_queries_and_keys(block, sums)
+    return mean, errors
+
+
+def hidden_order(output, sums, kind):
+    """The permutation [M] of an MLP's hidden units that ``kind`` asks for, most important first; ``output``: its last
+    Linear."""
     if kind == "greedy":
         mean = sums.hidden.weighted_mean
-        weight = mlp.fc2.weight.detach().double()
+        weight = output.weight.detach().double()
         return greedy_order(sums.hidden.about(mean)[0], weight, sums.mean_gram("mlp"), sums.taylor_mlp)
     importance = {"taylor": sums.taylor_mlp, "hessian": sums.hessian_mlp}[kind]
     return importance.argsort(descending=True, stable=True)
-
-
-def _remember(block, sums, order, attn_mean, attn_error):
-    mean = sums.hidden.weighted_mean
-    covariance = sums.hidden.about(mean)[0][order][:, order]
-    return remember(block, mean[0][order], covariance, sums.mean_gram("mlp"), attn_mean, attn_error)
 
 
 class HeadWeights:
@@ -216,8 +230,8 @@ class HeadWeights:
     """
 
     @classmethod
-    def read(cls, attn, heads):
-        self = cls()
+    def read(cls, attn, part):
+        self, heads = cls(), part.heads
         weight = rearrange(attn.qkv.weight.detach().double(), "(three h d) c -> three h d c", three=3, h=heads)
         self.q, self.k, self.v = weight.unbind()
         if attn.qkv.bias is None:
@@ -228,7 +242,7 @@ class HeadWeights:
         self.proj = rearrange(attn.proj.weight.detach().double(), "c (h d) -> h c d", h=heads)
         bias = attn.proj.bias
         self.proj_bias = torch.zeros_like(self.proj[0, :, 0]) if bias is None else bias.detach().double()
-        self.can_fold = attn.qkv.bias is not None and bias is not None
+        self.can_fold, self.can_turn_keys = part.can("mean folding"), part.can("Q/K basis")
         return self
 
     @torch.no_grad()
@@ -262,10 +276,11 @@ def _rewrite_pca(weights, sums):
     basis_v = pca_basis(sums.theta_v.about(sums.theta_v.mean))
     weights.map("v", basis_v.mT)
     weights.proj = weights.proj @ basis_v
-    moments = (sums.theta_q, sums.theta_k)
-    basis_qk = pca_basis(sum(m.about(m.mean) * m.s0[:, None, None] for m in moments))
-    weights.map("q", basis_qk.mT)
-    weights.map("k", basis_qk.mT)
+    if weights.can_turn_keys:
+        moments = (sums.theta_q, sums.theta_k)
+        basis_qk = pca_basis(sum(m.about(m.mean) * m.s0[:, None, None] for m in moments))
+        weights.map("q", basis_qk.mT)
+        weights.map("k", basis_qk.mT)
     variance_z = (basis_v.mT @ sums.grad_z.about(sums.grad_z.mean) @ basis_v).diagonal(dim1=-2, dim2=-1)
     return output_errors(variance_z, weights.proj, sums.mean_gram("attn"))
 
@@ -278,7 +293,8 @@ def _rewrite_balanced(weights, sums):
         # key shifts all logits of a query alike, which the softmax ignores.
         weights.proj_bias = weights.proj_bias + torch.einsum("hcd,hd->c", weights.proj, mean_z)
         weights.v_bias = weights.v_bias - mean_z
-        weights.k_bias = weights.k_bias - mean_k
+        if weights.can_turn_keys:
+            weights.k_bias = weights.k_bias - mean_k
     # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
     covariance_z = sums.grad_z.about(mean_z) if weights.can_fold else sums.grad_z.second_moment
     gram = sums.mean_gram("attn")
@@ -293,20 +309,44 @@ def _rewrite_balanced(weights, sums):
     scale = equalising_scale(weights.rows("v"), weights.proj.mT)
     weights.scale("v", scale)
     weights.proj = weights.proj / scale.unsqueeze(1)
+    if weights.can_turn_keys:
+        _balance_queries_and_keys(weights, sums)
+    return errors
 
+
+def _balance_queries_and_keys(weights, sums):
     map_q, map_k = query_key_basis(sums.grad_q.second_moment, sums.grad_k.second_moment)
     weights.map("q", map_q)
     weights.map("k", map_k)
     scale = equalising_scale(weights.rows("q"), weights.rows("k"))
     weights.scale("q", scale)
     weights.scale("k", 1 / scale)
-    return errors
+
+
+def _permute_queries_and_keys(block, sums):
+    """Where q and k pass a norm: sort their dimensions by what they carry, alike in all heads, which share the norm."""
+    order = sums.taylor_attn[:2].sum((0, 1)).argsort(descending=True, stable=True)
+    for layer in block.parts[0].layers:
+        module = getattr(block.attn, layer.name)
+        if layer.name == "qkv":
+            _permute(module, layer, order, slice(0, 2 * block.num_heads))
+        elif layer.side == "norm":
+            _permute(module, layer, order)
+
+
+def _permute_hidden(block, order):
+    """Sort the hidden units in all layers that have them; order: [M]."""
+    for layer in block.parts[1].layers:
+        _permute(getattr(block.mlp, layer.name), layer, order)
 
 
 @torch.no_grad()
-def _permute_hidden(mlp, order):
-    """Sort the hidden units: rows of fc1, columns of fc2; order: [M]."""
-    mlp.fc1.weight.copy_(mlp.fc1.weight[order])
-    if mlp.fc1.bias is not None:
-        mlp.fc1.bias.copy_(mlp.fc1.bias[order])
-    mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])
+def _permute(module, layer, order, groups=slice(None)):
+    """Sort the entries of each of some groups of ``layer`` (of models.kinds), in place; order: [width]."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if layer.side == "in" and name == "weight":
+            grouped = parameter.unflatten(1, (layer.groups, -1))
+            grouped[:, groups] = grouped[:, groups][..., order]
+        elif layer.side != "in":
+            grouped = parameter.unflatten(0, (layer.groups, -1))
+            grouped[groups] = grouped[groups][:, order]

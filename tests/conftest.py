@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "skd_tests_without_a_hub")
 
-from models.vit import as_supernet
+from models.supernet import as_supernet
 from models.width_table import Widths
 
 ROOT = Path(__file__).parents[1]

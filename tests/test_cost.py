@@ -11,7 +11,8 @@ from fvcore.nn import FlopCountAnalysis
 
 from models import peel
 from models.cost import MATMULS, PAPER, Shapes
-from models.vit import ModelSpec, as_supernet, full_widths
+from models.supernet import as_supernet, full_widths
+from models.vit import ModelSpec
 from models.width_table import Widths
 
 
@@ -92,7 +93,7 @@ def test_published_sub_networks_are_reachable(name, macs, parameters, tolerance)
     """Some numbers of kept units and removed branches give both printed figures of a row."""
     shapes, _ = deit_shapes(name)
     empty = Widths((0,) * 12, (0,) * 12)
-    unit_attn, unit_mlp = shapes.head_width // 8, shapes.hidden // 32
+    unit_attn, unit_mlp = shapes.branches[0].width // 8, shapes.branches[1].width // 32
 
     def parts(cost):
         """What is always there, one attention unit, one MLP unit, the fixed part of one branch of each kind."""

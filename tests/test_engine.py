@@ -18,7 +18,7 @@ import datasets
 from checkpoints import Run
 from engine import train_one_epoch
 from models.distillation import Distillation
-from models.vit import set_widths
+from models.supernet import set_widths
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -16,7 +16,8 @@ import datasets
 from models import export, peel, store, subnetwork
 from models.compensation import BlockMemory, compensate
 from models.cost import Shapes
-from models.vit import ModelSpec, as_supernet, full_widths
+from models.supernet import as_supernet, full_widths
+from models.vit import ModelSpec
 from models.width_table import Widths
 from utils import InputError
 

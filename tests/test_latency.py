@@ -10,7 +10,8 @@ from conftest import tiny_supernet
 from models import latency
 from models.cost import Shapes
 from models.store import SuperNet
-from models.vit import ModelSpec, full_widths
+from models.supernet import full_widths
+from models.vit import ModelSpec
 from models.width_table import Budget, Widths, WidthTable
 from utils import InputError
 

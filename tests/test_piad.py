@@ -13,7 +13,7 @@ from engine import branch_removal
 from models import piad
 from models.cost import PAPER, Shapes, measured_unit_costs
 from models.statistics import OBJECTIVES, collect_statistics
-from models.vit import full_widths, set_widths
+from models.supernet import full_widths, set_widths
 from models.width_table import Widths
 from utils import InputError
 
@@ -66,7 +66,7 @@ def grown(importance_of, ratio=0.875, epochs=4):
 
 
 def importance_by(draw):
-    return lambda widths: [[draw() for _ in range(w // GROUPS.size(b))] for b, w in enumerate(widths.flat)]
+    return lambda widths: [[draw() for _ in range(w // GROUPS.sizes[b])] for b, w in enumerate(widths.flat)]
 
 
 @pytest.mark.parametrize("kind", ["random", "zero", "equal", "ties"])
@@ -79,13 +79,13 @@ def test_the_list_is_monotone_valid_and_ends_at_the_target(kind):
     for before, after in itertools.pairwise(steps):
         changed = [b for b in range(6) if before.flat[b] != after.flat[b]]
         assert len(changed) == 1 and after.flat[changed[0]] < before.flat[changed[0]]
-        assert after.flat[changed[0]] % GROUPS.size(changed[0]) == 0 and after.flat[changed[0]] >= 0
+        assert after.flat[changed[0]] % GROUPS.sizes[changed[0]] == 0 and after.flat[changed[0]] >= 0
     assert shapes.macs(steps[-1]) <= 0.125 * shapes.macs(FULL)
 
 
 def test_the_least_important_leaves_first():
     shapes, steps = Shapes.of(tiny_supernet()), [FULL]
-    importance = [[float(1 + b)] * (w // GROUPS.size(b)) for b, w in enumerate(FULL.flat)]
+    importance = [[float(1 + b)] * (w // GROUPS.sizes[b]) for b, w in enumerate(FULL.flat)]
     importance[3] = [0.5] * 32
     piad.grow(steps, importance, GROUPS, shapes.macs, shapes.macs(FULL) - 1)
     assert steps[-1] == Widths(FULL.attn, (192, 186, 192))
@@ -137,8 +137,9 @@ def test_sensitivity_by_accuracy_counts_right_answers():
 
 def test_measured_unit_costs_are_seconds_and_leave_the_network_as_it_was():
     model = tiny_supernet()
-    attn, mlp = measured_unit_costs(model, 8, CPU)
-    assert 0 < attn < 1 and 0 < mlp < 1
+    costs = measured_unit_costs(model, 8, CPU)
+    assert len(costs) == 6 and all(0 < seconds < 1 for seconds in costs)
+    assert costs[:2] == costs[2:4] == costs[4:], "blocks of one shape are measured once"
     assert (model.blocks[0].attn_width, model.blocks[0].mlp_width) == (16, 192)
 
 
@@ -151,10 +152,10 @@ def test_unit_importance_closed_form():
     assert gammas == [0.5, 0.0, 0.25, 0.0, 0.0, 1.0]
     importance = piad.unit_importance(gammas, statistics, widths, GROUPS, shapes.unit_costs(PAPER))
     assert [len(units) for units in importance] == [4, 16, 8, 32, 0, 32]
-    assert sum(importance[0]) * GROUPS.attn * shapes.macs_per_attn_width(PAPER) == pytest.approx(0.5)
+    assert sum(importance[0]) * 2 * shapes.unit_costs(PAPER)[0] == pytest.approx(0.5)
     assert sum(importance[1]) == 0
     taylor = statistics[2].taylor_mlp
-    expected = taylor[6:12].sum() / taylor.sum() / (6 * shapes.macs_per_mlp_width(PAPER))
+    expected = taylor[6:12].sum() / taylor.sum() / (6 * shapes.unit_costs(PAPER)[5])
     assert importance[5][1] == pytest.approx(expected.item())
 
 

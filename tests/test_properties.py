@@ -162,7 +162,7 @@ units = st.floats() | st.sampled_from([0.0, 1.0, -1.0, 5e-324, 1e308])
 @st.composite
 def importances(draw):
     """2L lists of numbers for the widths FULL, many of them equal, some of them no numbers."""
-    counts = [width // GROUPS.size(branch) for branch, width in enumerate(FULL.flat)]
+    counts = [width // GROUPS.sizes[branch] for branch, width in enumerate(FULL.flat)]
     pattern = draw(st.lists(units, min_size=1, max_size=9))
     stride = draw(st.integers(1, 7))
     endless = itertools.cycle(pattern[::stride] + pattern)
@@ -185,7 +185,7 @@ def test_growth_reaches_the_target_by_whole_units_or_is_refused(importance, rati
     assert_valid(WidthTable(steps))
     for before, after in itertools.pairwise(steps):
         (branch,) = (b for b in range(6) if before.flat[b] != after.flat[b])
-        assert after.flat[branch] % GROUPS.size(branch) == 0
+        assert after.flat[branch] % GROUPS.sizes[branch] == 0
 
 
 @modest
@@ -200,7 +200,7 @@ def test_the_order_of_a_branch_lets_every_unit_go_once(importance):
 def test_a_list_goes_on_from_any_table_of_a_user_or_is_refused(attn, mlp):
     """A table read from a file may hold widths that are not made of whole units."""
     widths = Widths(attn, mlp)
-    whole = all(width % GROUPS.size(branch) == 0 for branch, width in enumerate(widths.flat))
+    whole = all(width % GROUPS.sizes[branch] == 0 for branch, width in enumerate(widths.flat))
     statistics = [
         SimpleNamespace(taylor_attn=torch.ones(3, 3, a), taylor_mlp=torch.ones(m))
         for a, m in zip(attn, mlp, strict=True)
@@ -217,13 +217,37 @@ def test_a_list_goes_on_from_any_table_of_a_user_or_is_refused(attn, mlp):
 
 
 @modest
-@given(st.integers(-1, 40), st.integers(-1, 200))
-def test_groups_divide_the_widths_or_are_refused(head_width, hidden):
-    groups = refused_in_one_line(lambda: piad.Groups.of(Widths((head_width,), (hidden,))))
-    if groups:
-        assert groups.attn * piad.ATTN_GROUPS == head_width > 0 and groups.mlp * piad.MLP_GROUPS == hidden > 0
-    else:
-        assert head_width <= 0 or hidden <= 0 or head_width % piad.ATTN_GROUPS or hidden % piad.MLP_GROUPS
+@given(st.integers(-1, 200), st.integers(-1, 5000), st.booleans(), st.floats(0, 1))
+def test_groups_of_any_widths_are_sensible_or_refused(head_width, hidden, whole, share):
+    """At most 8 and 32 units that cover the width; equal ones where they divide it; and multiples of 8 once large."""
+    full = Widths((head_width,), (hidden,))
+    least = Widths((math.ceil(share * max(head_width, 0)),), (0,))
+    groups = refused_in_one_line(lambda: piad.Groups.of(full, [whole, False], least))
+    if groups is None:
+        assert head_width <= 0 or hidden <= 0
+        return
+    for width, size, units in zip(full.flat, groups.sizes, (1 if whole else 8, 32), strict=True):
+        count = math.ceil(width / size)
+        assert size >= 1 and count <= units and (count - 1) * size < width
+        assert size * units == width if width % units == 0 else size < 8 or size % 8 == 0
+    assert groups.counts(full) == [math.ceil(width / size) for width, size in zip(full.flat, groups.sizes, strict=True)]
+    kept = groups.least.attn[0]
+    assert least.attn[0] <= kept <= head_width and (kept % groups.sizes[0] == 0 or kept == head_width)
+
+
+@modest
+@given(st.integers(1, 100), st.integers(1, 400), st.floats(0, 1))
+def test_growth_covers_uneven_widths_and_stops_at_the_least(head_width, hidden, share):
+    full = Widths((head_width,), (hidden,))
+    least = Widths((math.ceil(share * head_width),), (math.ceil(share * hidden),))
+    groups = piad.Groups.of(full, None, least)
+    steps = [full]
+    importance = [list(range(count, 0, -1)) for count in groups.counts(full)]
+    piad.grow(steps, importance, groups, lambda widths: sum(widths.flat), sum(groups.least.flat))
+    assert steps[-1] == groups.least
+    for before, after in itertools.pairwise(steps):
+        assert sum(after.flat) < sum(before.flat)
+        groups.counts(after)
 
 
 @modest
@@ -237,6 +261,6 @@ def test_sensitivity_is_never_negative(without, cost):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_cost_that_is_no_number_does_not_pass_for_an_importance(bad):
     gammas = piad.sensitivity(1.0, [bad, *[2.0] * 5])
-    importance = [[gamma] * (w // GROUPS.size(b)) for b, (w, gamma) in enumerate(zip(FULL.flat, gammas, strict=True))]
+    importance = [[gamma] * (w // GROUPS.sizes[b]) for b, (w, gamma) in enumerate(zip(FULL.flat, gammas, strict=True))]
     with pytest.raises(InputError, match="block 0"):
         piad.grow([FULL], importance, GROUPS, SHAPES.macs, SHAPES.macs(FULL) / 2)

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY_WIDTHS, random_images, tiny_supernet, tiny_vit
 
 from models import peel
-from models.vit import as_supernet, full_widths, set_widths
+from models.supernet import as_supernet, full_widths, set_widths
 from models.width_table import Widths
 from utils import InputError
 
@@ -76,11 +76,11 @@ def test_gradients_of_a_sliced_network_reach_the_kept_prefix_alone():
     supernet = tiny_supernet()
     set_widths(supernet, Widths((4, 0, 16), (192, 12, 0)))
     supernet(random_images(2)).square().sum().backward()
-    gradient = supernet.blocks[0].attn.qkv.weight.grad.view(9, 16, 48)
+    gradient = supernet.blocks[0].attn.qkv.whole("weight").grad.view(9, 16, 48)
     assert gradient[:, :4].abs().sum() > 0 and gradient[:, 4:].abs().sum() == 0
-    assert supernet.blocks[1].attn.qkv.weight.grad is None
-    assert supernet.blocks[1].mlp.fc2.weight.grad[:, 12:].abs().sum() == 0
-    assert supernet.blocks[2].mlp.fc1.weight.grad is None
+    assert supernet.blocks[1].attn.qkv.whole("weight").grad is None
+    assert supernet.blocks[1].mlp.fc2.whole("weight").grad[:, 12:].abs().sum() == 0
+    assert supernet.blocks[2].mlp.fc1.whole("weight").grad is None
 
 
 def test_peeled_description_round_trip():

@@ -17,7 +17,8 @@ import main_train
 from models.cost import Shapes
 from models.store import load_supernet
 from models.subnetwork import load_subnetwork
-from models.vit import ModelSpec, full_widths, read_checkpoint, set_widths
+from models.supernet import full_widths, set_widths
+from models.vit import ModelSpec, read_checkpoint
 from models.width_table import Widths, WidthTable
 
 ROOT = Path(__file__).parents[1]

@@ -107,9 +107,12 @@ def test_finer_widths_use_more_of_the_budget_and_never_exceed_it():
 
 def test_finer_widths_are_multiples_of_8_where_the_tables_are():
     table = WidthTable([Widths((64,), (1536,)), Widths((64,), (768,)), Widths((24,), (768,))])
-    assert widen(table, 1, lambda widths: widths.mlp[0], 1003) == Widths((64,), (1000,))
-    assert widen(table, 2, lambda widths: widths.attn[0], 47) == Widths((40,), (768,))
-    assert widen(table, 2, lambda widths: widths.attn[0], 31) == Widths((24,), (768,))
+    assert widen(table, 1, lambda widths: widths.mlp[0], 1003, [False] * 2) == Widths((64,), (1000,))
+    assert widen(table, 2, lambda widths: widths.attn[0], 47, [False] * 2) == Widths((40,), (768,))
+    assert widen(table, 2, lambda widths: widths.attn[0], 31, [False] * 2) == Widths((24,), (768,))
+    gone = WidthTable([Widths((64,), (1536,)), Widths((0,), (1536,))])
+    assert widen(gone, 1, lambda widths: widths.attn[0], 63, [True, False]) == gone.steps[1], "all of it or nothing"
+    assert widen(gone, 1, lambda widths: widths.attn[0], 63, [False, False]) == Widths((56,), (1536,))
 
 
 def test_quantities_have_human_units():

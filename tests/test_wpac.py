@@ -8,7 +8,7 @@ from conftest import proxy_batches, random_images, tiny_supernet
 from einops import rearrange
 
 from models.statistics import OBJECTIVES, Moments, collect_statistics
-from models.vit import set_widths
+from models.supernet import set_widths
 from models.width_table import Widths
 from models.wpac import (
     joint_basis,

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from models.supernet import blocks_of
 from utils import InputError, whole_file
 
 BRANCHES = ("attention", "MLP")
@@ -82,7 +83,7 @@ def widths_map(table):
 def knowledge(net):
     """How concentrated the knowledge is, in every head and every MLP: the importance of its dimensions or units,
     sorted, on a logarithmic scale (left), and the share of the sum that the first ones hold, as they stand (right)."""
-    depth = len(net.model.blocks)
+    depth = len(blocks_of(net.model))
     colours = plt.get_cmap("viridis", depth)
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
 
@@ -94,8 +95,13 @@ def knowledge(net):
             row[0].semilogy(kept, np.maximum(ranked / ranked[0], 1e-12), **style)
             row[1].plot([0, *kept], [0, *np.cumsum(values) / values.sum()], **style)
 
-    draw(panels[0], head_spectra(net), "each head, from the weights", lw=0.7, alpha=0.6)
-    if net.memory and all(sums.attn_error.sum() > 0 for sums in net.memory):
+    spectra = head_spectra(net)
+    if any(len(each) for each in spectra):
+        draw(panels[0], spectra, "each head, from the weights", lw=0.7, alpha=0.6)
+    else:
+        panels[0][0].set_title("heads are kept whole or dropped whole", fontsize=9)
+    cut = [not block.parts[0].whole for block in blocks_of(net.model)]
+    if net.memory and all(cut) and all(sums.attn_error.sum() > 0 for sums in net.memory):
         errors = [sums.attn_error.float().cpu().numpy() for sums in net.memory]
         draw(panels[0], errors, "all heads of a block, measured on the proxy set", lw=2, ls="--")
     how = "measured on the proxy set" if net.memory else "from the weights"
@@ -113,26 +119,38 @@ def knowledge(net):
 
 
 def head_spectra(net):
-    """L arrays [H, d]: for each dimension of a head |v_j|^2 |W_o,j|^2, from rows of v and columns of proj.
+    """L arrays [H, d]: for each dimension of a head |v_j|^2 |W_o,j|^2, from rows of v and columns of proj; empty where
+    heads cannot be cut.
 
     With the value's variance in place of |v_j|^2 this would be the energy that the dimension adds to the residual
     stream; in the balanced basis it falls from the first dimension to the last.
     """
     spectra = []
-    for block in net.model.blocks:
-        heads, width = block.num_heads, block.attn.qkv.width
-        value = block.attn.qkv.weight.detach().float().unflatten(0, (3, heads, width))[2]  # [H, d, D]
-        output = block.attn.proj.weight.detach().float().unflatten(1, (heads, width))  # [D, H, d]
+    for block in blocks_of(net.model):
+        part = block.parts[0]
+        if part.whole:
+            spectra.append(np.empty((0, part.width)))
+            continue
+        qkv, proj = block.attn.qkv.whole("weight").detach().float(), block.output("attn").whole("weight").detach()
+        value = qkv.unflatten(0, (3, part.heads, part.width))[2]  # [H, d, D]
+        output = proj.float().unflatten(1, (part.heads, part.width))  # [D, H, d]
         spectra.append((value.square().sum(-1) * output.square().sum(0)).cpu().numpy())
     return spectra
 
 
 def unit_importances(net):
-    """L arrays [M]: the error that dropping a hidden unit leaves, as measured; else |W1_j|^2 |W2_j|^2."""
+    """L arrays [M]: the error that dropping a hidden unit leaves, as measured; else |W1_j|^2 |W2_j|^2, W1_j the rows
+    that make the unit, of a gated pair the product of both."""
     if net.memory:
         return [sums.mlp_error.clamp(min=0).float().cpu().numpy() for sums in net.memory]
-    with torch.no_grad():
-        return [
-            (mlp.fc1.weight.float().square().sum(1) * mlp.fc2.weight.float().square().sum(0)).cpu().numpy()
-            for mlp in (block.mlp for block in net.model.blocks)
-        ]
+    return [_squared_weights(block.mlp, block.parts[1]) for block in blocks_of(net.model)]
+
+
+@torch.no_grad()
+def _squared_weights(mlp, part):
+    energy = 1
+    for layer in (layer for layer in part.layers if layer.side != "norm"):
+        weight = getattr(mlp, layer.name).whole("weight").float().square()
+        each = weight.sum(0) if layer.side == "in" else weight.sum(1).unflatten(0, (layer.groups, -1)).sum(0)
+        energy = energy * each
+    return energy.cpu().numpy()
