@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from models.kinds import ATTENTION, MLPS
 from models.supernet import BRANCHES, blocks_of, full_widths, set_widths
+from models.vit import image_shape
 from models.width_table import Widths
 
 # What one of each counts. The paper's convention counts, besides the products of every linear layer, one operation for
@@ -115,9 +116,7 @@ def _present_widths(supernet):
 
 
 def _images(model, count, device):
-    embedding = model.patch_embed
-    size = (count, embedding.proj.in_channels, *embedding.img_size)
-    return torch.zeros(size, dtype=embedding.proj.weight.dtype, device=device)
+    return torch.zeros(count, *image_shape(model), dtype=next(model.parameters()).dtype, device=device)
 
 
 class _Counts:

@@ -19,6 +19,7 @@ import utils
 from models.cost import MATMULS
 from models.peel import describe
 from models.subnetwork import CONFIG_NAME, WEIGHTS_NAME
+from models.vit import image_shape
 from utils import InputError, say
 
 ONNX_NAME, PT2_NAME, INT8_NAME = "model.onnx", "model.pt2", "model.int8.onnx"
@@ -67,7 +68,7 @@ def save(network, spec, widths, shapes, folder, origin, crop_ratio, formats=()):
 def config_of(network, spec, widths, shapes, crop_ratio):
     """config.json: all that is needed to rebuild the network without this repository, and to know what it is."""
     architecture, arguments = spec.timm_call()
-    height, width = network.patch_embed.img_size
+    channels, height, width = image_shape(network)
     # What datasets.eval_transform does, in timm's words: small images are resized alone, without a crop.
     crop = {"crop_pct": 1.0, "crop_mode": "squash"} if height <= 32 else {"crop_pct": crop_ratio, "crop_mode": "center"}
     data = {"mean": list(network.pretrained_cfg["mean"]), "std": list(network.pretrained_cfg["std"])}
@@ -77,7 +78,7 @@ def config_of(network, spec, widths, shapes, crop_ratio):
         **describe(spec, widths),
         "full_widths": shapes.full.as_dict(),
         "attention_scale": "1 / sqrt(head width), as in any timm Attention: the query weights hold the rest",
-        "input_size": [network.patch_embed.proj.in_channels, height, width],
+        "input_size": [channels, height, width],
         **data,
         "interpolation": "bicubic",
         **crop,
@@ -105,8 +106,7 @@ def _whole_folder(folder):
 
 
 def _example(network, batch):
-    size = (batch, network.patch_embed.proj.in_channels, *network.patch_embed.img_size)
-    return torch.randn(size, generator=torch.Generator().manual_seed(batch))
+    return torch.randn(batch, *image_shape(network), generator=torch.Generator().manual_seed(batch))
 
 
 def _export_pt2(network, path):

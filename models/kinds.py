@@ -210,6 +210,15 @@ BLOCKS = {
     swin_transformer_v2.SwinTransformerV2Block: BlockKind(post_norm=True, alone=("mlp",)),
 }
 
+# Models that run their blocks one after the other, with nothing but the merging of patches in between.
+MODELS = (
+    vision_transformer.VisionTransformer,
+    beit.Beit,
+    eva.Eva,
+    swin_transformer.SwinTransformer,
+    swin_transformer_v2.SwinTransformerV2,
+)
+
 
 def block_paths(model):
     """The dotted names of a stock model's blocks, in the order in which they run."""

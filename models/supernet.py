@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 from torch import nn
 
-from models.kinds import ATTENTION, BLOCKS, MLPS, UnsupportedPart, parts_of
+from models.kinds import BLOCKS, MODELS, UnsupportedPart, parts_of
 from models.width_table import Widths
 from utils import InputError
 
@@ -160,10 +160,12 @@ def as_stock(model):
 
 
 def check_supported(model, who=""):
-    """Raise InputError, with what is supported, if ``model`` has no blocks, or blocks of a kind without an entry."""
+    """Raise InputError, with what is supported, if there is no entry for ``model``, its blocks, or a part of them."""
     blocks = [module for module in model.modules() if type(module) in BLOCKS]
-    if not blocks:
-        raise InputError(f"{who}a {type(model).__name__} has no block that can be cut; {supported()}")
+    if not isinstance(model, MODELS) or not blocks:
+        own = sorted({type(module).__name__ for module in model.modules() if "Block" in type(module).__name__})
+        of = f" of {', '.join(own[:3])}" if own else ""
+        raise InputError(f"{who}a {type(model).__name__}{of} cannot be cut; {supported()}")
     try:
         for block in blocks:
             parts_of(block)
@@ -184,11 +186,12 @@ def as_supernet(model):
 
 def supported():
     """What can be cut, in one line."""
-    blocks, attention, mlps = (", ".join(_name(cls) for cls in table) for table in (BLOCKS, ATTENTION, MLPS))
-    return f"supported are timm's {blocks} with {attention} and {mlps} ('python -m models' tells of each model)"
+    return (
+        f"supported are timm's {', '.join(cls.__name__ for cls in MODELS)}, of the parts that 'python -m models' lists"
+    )
 
 
-def _name(cls):
+def class_name(cls):
     module = cls.__module__.split(".")[-1]
     return cls.__name__ if module in ("vision_transformer", "attention", "mlp") else f"{module}.{cls.__name__}"
 

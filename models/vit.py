@@ -11,6 +11,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from models.supernet import check_supported
 from utils import InputError
@@ -72,6 +73,12 @@ class ModelSpec:
 
 def _first_line(error):
     return str(error).split("\n")[0] or type(error).__name__
+
+
+def image_shape(model):
+    """(channels, height, width) of the images that a model takes."""
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return (first.in_channels, *model.patch_embed.img_size)
 
 
 def default_num_classes(name):

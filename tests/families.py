@@ -36,6 +36,7 @@ class Family:
         return self.kwargs.get("num_classes", 7)
 
 
+INNER_NORMS = {"scale_attn_norm": True, "scale_mlp_norm": True}
 SWIN = {"patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 FAMILIES = {
     "DeiT": Family("deit_tiny_patch16_224", PLAIN),
@@ -50,7 +51,7 @@ FAMILIES = {
     "SigLIP": Family("vit_base_patch16_siglip_224", PLAIN | {"num_classes": 0}),
     "SigLIP SO400M": Family("vit_so400m_patch14_siglip_224", PLAIN | {"embed_dim": 60, "num_heads": 3}, 28),
     "q/k norm": Family("vit_small_patch16_224", PLAIN | {"qk_norm": True}),
-    "inner norm": Family("vit_small_patch16_224", PLAIN | {"scale_attn_norm": True, "scale_mlp_norm": True}, heads=False),
+    "inner norms": Family("vit_small_patch16_224", PLAIN | INNER_NORMS, heads=False),
     "res-post-norm": Family("vit_small_patch16_224", PLAIN | {"block_fn": ResPostBlock}),
     "Swin": Family("swin_tiny_patch4_window7_224", SWIN),
     "Swin, padded": Family("swin_tiny_patch4_window7_224", SWIN | {"window_size": 3}),

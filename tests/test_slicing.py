@@ -102,7 +102,20 @@ def test_widths_that_do_not_fit_are_refused():
             set_widths(supernet, widths)
 
 
-@pytest.mark.parametrize(("kwargs", "named"), [({"qk_norm": True}, "q/k norm"), ({"scale_mlp_norm": True}, "MLP norm")])
-def test_attention_that_cannot_be_cut_is_refused_by_name(kwargs, named):
-    with pytest.raises(InputError, match=named):
-        as_supernet(tiny_vit(**kwargs))
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("resnet18", "ResNet"), ("vit_base_patch16_xp_224", "ParallelScalingBlock"), ("crossvit_tiny_240", "CrossVit"),
+     ("vitamin_small_224", "GeGluMlp")],
+)  # fmt: skip
+def test_models_that_cannot_be_cut_are_refused_by_what_they_have(name, named):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(InputError, match=f"{named}.*supported are timm's VisionTransformer"):
+        as_supernet(model)
+
+
+def test_attention_that_goes_as_a_whole_has_no_width_in_between():
+    supernet = as_supernet(tiny_vit(scale_attn_norm=True))
+    set_widths(supernet, Widths((16, 0, 16), (192, 7, 0)))
+    with pytest.raises(ValueError, match="widths"):
+        set_widths(supernet, Widths((8, 16, 16), (192,) * 3))

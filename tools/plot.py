@@ -112,7 +112,8 @@ def knowledge(net):
         share.set(xlabel=f"kept share of the {width}", ylabel="share of the importance held")
         for axes in (spectrum, share):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            if axes.lines:
+                axes.legend(fontsize=8)
     scale = plt.cm.ScalarMappable(plt.Normalize(-0.5, depth - 0.5), colours)
     figure.colorbar(scale, ax=panels, label="block", ticks=range(depth))
     return figure

@@ -1,0 +1,53 @@
+"""What can be cut in timm's models: python -m models [NAME or PATTERN ...], for example 'swin*' or 'vit_*dinov3'."""
+
+import argparse
+
+import timm
+import torch
+
+from models.kinds import ATTENTION, BLOCKS, MLPS, MODELS, block_paths, parts_of
+from models.supernet import check_supported, class_name
+from utils import InputError
+
+
+def describe(name):
+    """One line on a timm model: its blocks and what is left out, or why it cannot be cut."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        check_supported(model)
+    except InputError as error:
+        return f"no: {str(error).split(';')[0]}"
+    except Exception as error:  # whatever a model's constructor raises without memory for its weights
+        return f"no: timm does not build it without weights ({str(error).splitlines()[0]})"
+    blocks = [model.get_submodule(path) for path in block_paths(model)]
+    kinds = {}
+    for block in blocks:
+        for part, module in zip(parts_of(block), (block.attn, block.mlp), strict=True):
+            widths, _ = kinds.setdefault(class_name(type(module)), ([], part.left_out))
+            widths.append(part.width)
+    lines = [f"{len(blocks)} blocks"]
+    for kind, (widths, left_out) in kinds.items():
+        without = f", without {', '.join(left_out)}" if left_out else ""
+        lines.append(f"{kind} {'/'.join(map(str, dict.fromkeys(widths)))}{without}")
+    return "; ".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
+    parser.add_argument("names", nargs="*", help="timm's names, or patterns of them")
+    names = parser.parse_args().names
+    if not names:
+        for title, table in (("models", MODELS), ("blocks", BLOCKS), ("attention", ATTENTION), ("MLPs", MLPS)):
+            print(f"{title}: {', '.join(map(class_name, table))}")
+        print("docs/families.md says what is exact for each; python -m models NAME what that means for one model")
+    for pattern in names:
+        found = timm.list_models(pattern) or ([pattern] if timm.is_model(pattern) else [])
+        if not found:
+            raise SystemExit(f"{pattern}: no name of timm's, and no pattern of one")
+        for name in found:
+            print(f"{name}: {describe(name)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
