@@ -124,7 +124,7 @@ class _Counts:
     of the 2L branches, by ``each`` unit of its width and once (``present``)."""
 
     def __init__(self, supernet):
-        self.fixed, self.handles, self.called = Counter(), [], set()
+        self.fixed, self.handles, self.called, self.mlps = Counter(), [], set(), set()
         self.parts = [part for block in blocks_of(supernet) for part in block.parts]
         self.each, self.present = ([Counter() for _ in self.parts] for _ in range(2))
         self.owner = {}  # id of a module: the branch that it is in, and what a smaller width cuts of it
@@ -138,6 +138,7 @@ class _Counts:
 
     def _own(self, block, branch, names):
         module = (block.attn, block.mlp)[branch % 2]
+        self.mlps.add(id(block.mlp))
         layers = {id(getattr(module, layer.name)): layer for layer in self.parts[branch].layers}
         for top in (getattr(block, name) for name in names if hasattr(block, name)):
             self.owner |= {id(child): (branch, layers.get(id(child))) for child in top.modules()}
@@ -183,8 +184,10 @@ class _Counts:
         elif isinstance(module, tuple(MLPS)):
             hidden = output.numel() // output.shape[-1] * module.fc2.in_features
             operations = MLPS[_stock(module)](module).elementwise * hidden
-            counter, unit = (self.fixed, 1) if branch is None else (self.each[branch], self.parts[branch].width)
-            counter["elementwise"] += operations // unit
+            if id(module) in self.mlps:
+                self.each[branch]["elementwise"] += operations // self.parts[branch].width
+            else:  # one in the pooling, or in a position bias
+                self.add(module, "elementwise", operations)
         elif isinstance(module, AttentionPoolLatent):
             self.fixed["matmul"] += 2 * module.latent_len * inputs[0].shape[1] * module.q.out_features
 

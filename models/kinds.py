@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 
 import torch
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
-from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision_transformer
+from timm.models import (
+    beit,
+    eva,
+    swin_transformer,
+    swin_transformer_v2,
+    vision_transformer,
+    vision_transformer_relpos,
+)
 from torch import nn
 
 try:
@@ -156,6 +163,7 @@ ATTENTION = {
     beit.Attention: _fixed_attention,
     eva.EvaAttention: _fixed_attention,
     swin_transformer_v2.WindowAttention: _fixed_attention,
+    vision_transformer_relpos.RelPosAttention: _fixed_attention,
 }
 if AttentionRope:
     ATTENTION[AttentionRope] = _rotary_attention
@@ -208,6 +216,8 @@ BLOCKS = {
     eva.EvaBlockPostNorm: BlockKind(post_norm=True),
     swin_transformer.SwinTransformerBlock: BlockKind(alone=("mlp",)),
     swin_transformer_v2.SwinTransformerV2Block: BlockKind(post_norm=True, alone=("mlp",)),
+    vision_transformer_relpos.RelPosBlock: BlockKind(),
+    vision_transformer_relpos.ResPostRelPosBlock: BlockKind(post_norm=True),
 }
 
 # Models that run their blocks one after the other, with nothing but the merging of patches in between.
@@ -217,6 +227,7 @@ MODELS = (
     eva.Eva,
     swin_transformer.SwinTransformer,
     swin_transformer_v2.SwinTransformerV2,
+    vision_transformer_relpos.VisionTransformerRelPos,
 )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import timm
 import torch
 from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 
 PLAIN = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -37,6 +38,8 @@ class Family:
 
 
 INNER_NORMS = {"scale_attn_norm": True, "scale_mlp_norm": True}
+# A table: what an MLP would compute for all blocks together, a tracer drops once no attention is left to use it.
+SHARED_BIAS = {"block_fn": ResPostRelPosBlock, "rel_pos_type": "bias"}
 SWIN = {"patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 FAMILIES = {
     "DeiT": Family("deit_tiny_patch16_224", PLAIN),
@@ -53,6 +56,8 @@ FAMILIES = {
     "q/k norm": Family("vit_small_patch16_224", PLAIN | {"qk_norm": True}),
     "inner norms": Family("vit_small_patch16_224", PLAIN | INNER_NORMS, heads=False),
     "res-post-norm": Family("vit_small_patch16_224", PLAIN | {"block_fn": ResPostBlock}),
+    "ViT with relative positions": Family("vit_relpos_small_patch16_224", PLAIN, heads=False),
+    "the same, res-post-norm": Family("vit_srelpos_small_patch16_224", PLAIN | SHARED_BIAS, heads=False),
     "Swin": Family("swin_tiny_patch4_window7_224", SWIN),
     "Swin, padded": Family("swin_tiny_patch4_window7_224", SWIN | {"window_size": 3}),
     "Swin V2": Family("swinv2_tiny_window8_256", SWIN, heads=False),
