@@ -16,7 +16,15 @@ from models.supernet import as_supernet, blocks_of
 from models.vit import ModelSpec, default_num_classes, load_pretrained
 from models.width_table import WidthTable
 from models.wpac import reparameterise
-from options import add_cutting_options, add_proxy_options, groups_of, left_alone, stage_parser, switch
+from options import (
+    add_cutting_options,
+    add_proxy_options,
+    groups_of,
+    left_alone,
+    reachable_drop_ratio,
+    stage_parser,
+    switch,
+)
 from utils import InputError, fraction, say
 
 # The options that say how the weights came about.
@@ -87,9 +95,8 @@ def report_left_out(model):
         say(f"note: {name}: left out: {', '.join(transforms)} ({reason})")
 
 
-def width_table(model, spec, memory, groups, drop_ratio):
+def width_table(spec, memory, groups, shapes, drop_ratio):
     """The table of a training-free super-network, grown in one go from the errors that dropping each unit leaves."""
-    shapes = Shapes.of(model)
     table = WidthTable(piad.steps_by_error(memory, groups, shapes, drop_ratio))
     table.meta = store.table_meta(spec, shapes, table)
     return table
@@ -112,7 +119,10 @@ def main(args):
     loader = datasets.proxy_loader(images, transform, args, args.proxy_samples)
     original = model.to(device)
     model = as_supernet(copy.deepcopy(original))
-    groups = groups_of(args, model)
+    groups, shapes = groups_of(args, model), Shapes.of(model)
+    if args.compensation:
+        args.drop_ratio = reachable_drop_ratio(args, groups, shapes)
+        piad.check_reachable(groups, shapes.macs, shapes.macs(groups.full) * (1 - args.drop_ratio))
     report_left_out(model)
 
     say(f"measuring {args.model} on {args.proxy_samples} images ({args.objective} objective)")
@@ -126,8 +136,7 @@ def main(args):
     if not difference <= TOLERANCE:
         raise InputError(f"--basis {args.basis} changes this network's output by {difference:.1e}: nothing was written")
 
-    # Before anything is written: --drop_ratio may be out of reach.
-    table = width_table(model, spec, results, groups, args.drop_ratio) if args.compensation else None
+    table = width_table(spec, results, groups, shapes, args.drop_ratio) if args.compensation else None
     weights = output / store.WEIGHTS_NAME
     utils.save_torch({name: value.cpu() for name, value in model.state_dict().items()}, weights)
     report = {name: value for name, value in vars(args).items() if name in REPORTED}

@@ -23,6 +23,7 @@ from options import (
     add_proxy_options,
     add_training_options,
     groups_of,
+    reachable_drop_ratio,
     stage_parser,
 )
 from utils import InputError, RanksDisagree, human, say
@@ -195,6 +196,7 @@ def main(args):
     run, shapes = Run(model, args, device, len(train)), Shapes.of(model)
     table, groups = first_table(args, model), groups_of(args, model)
     if not args.mask_table:
+        args.drop_ratio = reachable_drop_ratio(args, groups, shapes)
         piad.check_reachable(groups, shapes.macs, shapes.macs(groups.full) * (1 - args.drop_ratio))
     unit_costs = measure_unit_costs(args, model, shapes, device)
     checkpoint, content = run.resume(output)

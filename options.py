@@ -20,6 +20,7 @@ from utils import (
     positive_int,
     probability,
     quantity,
+    say,
 )
 
 # timm's, less those that wait for an accuracy or do nothing.
@@ -87,6 +88,21 @@ def groups_of(args, model):
     for branch in left_alone(args, len(least)):
         least[branch] = full.flat[branch]
     return Groups.of(full, [part.whole for part in parts], Widths.from_flat(least))
+
+
+def reachable_drop_ratio(args, groups, shapes):
+    """``--drop_ratio``, or what the options of ``add_cutting_options`` leave of it, which is then said.
+
+    Raises InputError if they leave nothing to cut.
+    """
+    least = shapes.macs(groups.least) / shapes.macs(groups.full)
+    if least == 1:
+        raise InputError("--skip_blocks, --only and --min_width leave nothing to cut")
+    if not any(groups.least.flat) or args.drop_ratio <= 1 - least:
+        return args.drop_ratio
+    say(f"note: the smallest network that may be cut has {least:.3f} of the MACs: the width table ends there")
+    # A little less: at its last step the table has lost no less than the ratio.
+    return (1 - least) * (1 - 1e-12)
 
 
 def left_alone(args, branches):

@@ -21,6 +21,7 @@ from models.calibration import calibrate
 from models.compensation import compensate
 from models.cost import MATMULS, Shapes
 from models.kinds import ATTENTION, BLOCKS, MLPS, MODELS, TRANSFORMS
+from models.piad import Groups
 from models.statistics import OBJECTIVES, collect_statistics
 from models.subnetwork import load_subnetwork
 from models.supernet import as_stock, as_supernet, blocks_of, class_name, full_widths, set_widths
@@ -268,17 +269,14 @@ def test_chosen_parts_are_left_alone(tmp_path, monkeypatch):
     start = torch.load(tmp_path / "start.pth")
     for flags, alone in ((["--skip_blocks", "1", "3"], {2, 3, 6, 7}), (["--only", "mlp"], {0, 2, 4, 6})):
         folder = tmp_path / flags[0]
-        main_reparam.main(
-            main_reparam.get_args(
-                [*options, *flags, "--min_width", "0.3", "--drop_ratio", "0.2", "--output_dir", str(folder)]
-            )
-        )
+        main_reparam.main(main_reparam.get_args([*options, *flags, "--min_width", "0.3", "--output_dir", str(folder)]))
         after, steps = torch.load(folder / "reparamed.pth"), WidthTable.load(folder / "mask_table.json").steps
         for branch, (full, last) in enumerate(zip(steps[0].flat, steps[-1].flat, strict=True)):
             name = f"blocks.{branch // 2}.{('attn.proj', 'mlp.fc2')[branch % 2]}.weight"
             assert torch.equal(start[name], after[name]) == (branch in alone)
             assert last == full if branch in alone else last >= 0.3 * full
-        assert steps[-1] != steps[0]
+        least = Widths.from_flat([w if b in alone else -(-3 * w // 10) for b, w in enumerate(steps[0].flat)])
+        assert steps[-1] == Groups.of(steps[0], None, least).least, "the table ends at the least widths"
 
 
 def test_python_m_models_tells_what_a_model_offers_and_why_another_has_nothing(capsys, monkeypatch):
