@@ -137,6 +137,7 @@ def load_alone(path, content, args, **kwargs):
     """The network, its spec and widths of a checkpoint that is a sub-network already; budgets are refused."""
     for budget in budgets(args):
         raise InputError(f"--{budget}: {path} is one sub-network of one size; budgets need the super-network")
+    content = content | {"model": store.chosen_weights(content, args.use_ema, path)}
     return peel.load_peeled(content, path, args.input_size, **kwargs)
 
 

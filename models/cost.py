@@ -128,6 +128,7 @@ class _Counts:
         self.parts = [part for block in blocks_of(supernet) for part in block.parts]
         self.each, self.present = ([Counter() for _ in self.parts] for _ in range(2))
         self.owner = {}  # id of a module: the branch that it is in, and what a smaller width cuts of it
+        self.gammas = {}  # (id of a block, parameter): the branch that it scales
         for index, block in enumerate(blocks_of(supernet)):
             for branch, names in enumerate(BRANCHES.values()):
                 self._own(block, 2 * index + branch, names)
@@ -142,7 +143,7 @@ class _Counts:
         layers = {id(getattr(module, layer.name)): layer for layer in self.parts[branch].layers}
         for top in (getattr(block, name) for name in names if hasattr(block, name)):
             self.owner |= {id(child): (branch, layers.get(id(child))) for child in top.modules()}
-        self.owner |= {(id(block), name): (branch, None) for name in (f"gamma_{branch % 2 + 1}",)}
+        self.gammas[id(block), f"gamma_{branch % 2 + 1}"] = branch
 
     def remove(self):
         for handle in self.handles:
@@ -164,11 +165,11 @@ class _Counts:
             self.each[branch][name] += number // self.parts[branch].width
 
     def _count_parameter(self, module, name):
-        parameter, scale = module._parameters[name], self.owner.get((id(module), name))
+        parameter, branch = module._parameters[name], self.gammas.get((id(module), name))
         if parameter is None:
             return
-        if scale:
-            self.present[scale[0]]["parameters"] += parameter.numel()
+        if branch is not None:
+            self.present[branch]["parameters"] += parameter.numel()
         else:
             self.add(module, "parameters", parameter.numel(), of_bias=name == "bias")
 

@@ -108,9 +108,7 @@ def load_supernet(
     table = WidthTable.load(table_path)
     if "mask_table" in content and not mask_table:
         table = _agreed(table, WidthTable.from_json(content["mask_table"], path), table_path, path)
-    if use_ema and not content.get("model_ema"):
-        raise InputError(f"--use_ema: {path} has no averaged weights (member 'model_ema')")
-    state = content["model_ema"] if use_ema else content["model"]
+    state = chosen_weights(content, use_ema, path)
     spec = ModelSpec(
         name=model or _model_name(table, content, path),
         num_classes=classes_of(state),
@@ -124,6 +122,13 @@ def load_supernet(
         compensate = True
     memory = _memory(network, Path(statistics or path.parent / MEMORY_NAME), compensate)
     return SuperNet(network, spec, table, Shapes.of(network), path, memory)
+
+
+def chosen_weights(content, use_ema, path):
+    """The averaged weights of a checkpoint, or its last ones. Raises InputError if it has none of the kind."""
+    if use_ema and not content.get("model_ema"):
+        raise InputError(f"--use_ema: {path} has no averaged weights (member 'model_ema')")
+    return content["model_ema"] if use_ema else content["model"]
 
 
 def loading_options(args):

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from timm.data import create_transform, resolve_data_config
 
 import datasets
-from models import export, peel, store, subnetwork
+import main_test
+from models import export, kinds, peel, store, subnetwork
 from models.compensation import BlockMemory, compensate
 from models.cost import Shapes
 from models.supernet import as_supernet, full_widths
@@ -94,12 +95,25 @@ def test_timm_resolves_the_transform_that_it_was_tested_with(size, tmp_path, sha
 def test_the_loader_works_without_this_repository(tmp_path):
     network, _ = saved(tmp_path / "net")
     shutil.copy(subnetwork.__file__, tmp_path / "loader.py")
+    shutil.copy(kinds.__file__, tmp_path)
     torch.save(random_images(2, size=24), tmp_path / "images.pt")
     code = "import loader, torch; torch.save(loader.load_subnetwork('net')(torch.load('images.pt')), 'logits.pt')"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), network(random_images(2, size=24)))
+
+
+@torch.no_grad()
+def test_a_fine_tuned_network_has_averaged_weights_too(tmp_path):
+    network, _ = saved(tmp_path)
+    averaged = {name: value + 0.1 for name, value in network.state_dict().items()}
+    content = {"peeled": peel.describe(SPEC, WIDTHS), "model": network.state_dict(), "model_ema": averaged}
+    args = main_test.get_args(["--use_ema"])
+    loaded, _, _ = main_test.load_alone("a test", content, args)
+    assert torch.equal(loaded.head.weight, averaged["head.weight"])
+    with pytest.raises(InputError, match="--use_ema: a test has no averaged weights"):
+        main_test.load_alone("a test", content | {"model_ema": None}, args)
 
 
 def test_the_stages_read_a_saved_folder_at_any_input_size(tmp_path):
