@@ -202,8 +202,9 @@ def _rewrite_attention(block, sums, basis, alone):
     mean = torch.einsum("hcd,hd->c", columns, sums.grad_z.mean)
     mean = mean if proj.bias is None else mean + proj.bias.detach().double()
     if part.whole or alone:
-        variance = sums.grad_z.about(sums.grad_z.mean).diagonal(dim1=-2, dim2=-1)
-        return mean, output_errors(variance, columns, sums.mean_gram("attn"))
+        # Only the sum is of use: what is lost with all dimensions of a head, their correlations included.
+        carried = columns.mT @ sums.mean_gram("attn") @ columns
+        return mean, (carried * sums.grad_z.about(sums.grad_z.mean)).sum((0, 1))
     weights = HeadWeights.read(block.attn, part)
     errors = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis](weights, sums)
     weights.write(block.attn)

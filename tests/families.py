@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 import timm
 import torch
-from timm.models.vision_transformer import ResPostBlock
-from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 
 PLAIN = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -38,8 +36,8 @@ class Family:
 
 
 INNER_NORMS = {"scale_attn_norm": True, "scale_mlp_norm": True}
-# A table: what an MLP would compute for all blocks together, a tracer drops once no attention is left to use it.
-SHARED_BIAS = {"block_fn": ResPostRelPosBlock, "rel_pos_type": "bias"}
+# No MLP: what one computes for all blocks together, a tracer drops once no attention is left to use it.
+TABLE = {"rel_pos_type": "bias"}
 SWIN = {"patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 FAMILIES = {
     "DeiT": Family("deit_tiny_patch16_224", PLAIN),
@@ -55,9 +53,10 @@ FAMILIES = {
     "SigLIP SO400M": Family("vit_so400m_patch14_siglip_224", PLAIN | {"embed_dim": 60, "num_heads": 3}, 28),
     "q/k norm": Family("vit_small_patch16_224", PLAIN | {"qk_norm": True}),
     "inner norms": Family("vit_small_patch16_224", PLAIN | INNER_NORMS, heads=False),
-    "res-post-norm": Family("vit_small_patch16_224", PLAIN | {"block_fn": ResPostBlock}),
+    "res-post-norm": Family("vit_base_patch16_rpn_224", PLAIN),
     "ViT with relative positions": Family("vit_relpos_small_patch16_224", PLAIN, heads=False),
-    "the same, res-post-norm": Family("vit_srelpos_small_patch16_224", PLAIN | SHARED_BIAS, heads=False),
+    "the same, res-post-norm": Family("vit_relpos_small_patch16_rpn_224", PLAIN, heads=False),
+    "the same, shared by all blocks": Family("vit_srelpos_small_patch16_224", PLAIN | TABLE, heads=False),
     "Swin": Family("swin_tiny_patch4_window7_224", SWIN),
     "Swin, padded": Family("swin_tiny_patch4_window7_224", SWIN | {"window_size": 3}),
     "Swin V2": Family("swinv2_tiny_window8_256", SWIN, heads=False),

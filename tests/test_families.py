@@ -193,8 +193,6 @@ def test_the_mean_of_a_removed_branch_goes_where_it_is_exact(family):
 def test_saved_and_exported_networks_need_none_of_our_code(family, tmp_path, monkeypatch):
     """Save, ONNX and torch.export, each checked against PyTorch when it is written; and loaded again."""
     kwargs = {name: value for name, value in family.kwargs.items() if name != "num_classes"}
-    if "block_fn" in kwargs:
-        pytest.skip("no name of timm's builds it, so no config.json can")
     monkeypatch.setitem(ALIASES, "small", (family.name, kwargs))
     spec = ModelSpec("small", family.classes, family.size)
     stock = spec.build()
