@@ -418,7 +418,7 @@ def output_folder(path, flag="--output_dir"):
     if is_main():
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".write_test.{os.getpid()}"
+            probe = path / f".write_test.{os.getpid()}.part"
             try:
                 probe.write_bytes(bytes(4096))  # an empty file fits onto a full disk
             finally:

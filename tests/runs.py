@@ -8,7 +8,6 @@ import os
 
 import torch
 
-import checkpoints
 import main_train
 import utils
 from models.vit import read_checkpoint
@@ -33,11 +32,17 @@ def child(options, patch, words=os.devnull):
         utils.run_stage(main_train.main, main_train.get_args([str(option) for option in options]))
 
 
-def train(output, *options, start, patch=None):
-    """The exit code of a run; negative for the signal that ended it."""
+def begin(output, *options, start, patch=None, words=os.devnull):
+    """The process of a run that goes on where the last one in ``output`` stopped."""
     command = [*OPTIONS, "--pretrained", start, "--output-dir", output, "--resume", "auto", *options]
-    process = CONTEXT.Process(target=child, args=(command, patch))
+    process = CONTEXT.Process(target=child, args=(command, patch, words))
     process.start()
+    return process
+
+
+def train(output, *options, **more):
+    """The exit code of a run; negative for the signal that ended it."""
+    process = begin(output, *options, **more)
     process.join(300)
     return process.exitcode
 
@@ -77,9 +82,9 @@ def log_of(folder):
 
 
 def assert_same_run(folder, whole):
-    """Weights, averages, optimiser, schedule, best checkpoint, table and log, but for the seconds, equal to the bit."""
+    """All checkpoints with all that is in them, table and log, but for the seconds, are equal to the bit."""
     assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}, "a file is missing or left over"
-    for name in ("checkpoint_2.pth", checkpoints.BEST_NAME):
+    for name in (path.name for path in whole.glob("*.pth")):
         one, other = read_checkpoint(folder / name), read_checkpoint(whole / name)
         del one["args"], other["args"]
         assert one.keys() == other.keys()

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 
 import pytest
@@ -165,6 +166,42 @@ def test_the_log_is_trimmed_to_what_was_saved(tmp_path):
     log.write_text('{"epoch": 0, "a": 1}\n{"epoch": 1}\n{"epoch": 2, "b')
     checkpoints.trim_log(log, 1)
     assert log.read_text() == '{"epoch": 0, "a": 1}\n'
+
+
+# ------------------------------------------------------------------------------------------ full disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that makes a file system of so many bytes, or changes its size, and returns its folder."""
+    folder = tmp_path / "disk"
+
+    def of_size(count):
+        folder.mkdir(exist_ok=True)
+        change = "remount," if folder.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{change}size={count}", "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        return folder
+
+    yield of_size
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_costs_no_more_than_what_was_not_saved(whole, start, disk, tmp_path):
+    size = (whole / "checkpoint_2.pth").stat().st_size
+    folder, words = disk(size * 3 // 2), tmp_path / "words.txt"
+    assert train(folder, "--save-every-steps", "0", start=start, words=words) == 2
+    said = words.read_text().splitlines()
+    assert said[-1] == f"error: {folder / checkpoints.BEST_NAME}: cannot be written (No space left on device)"
+    assert "Traceback" not in " ".join(said)
+    assert {path.name for path in folder.iterdir()} == {"checkpoint_0.pth", "mask_table.json", "log.txt"}
+    assert checkpoints.to_resume("auto", folder) == folder / "checkpoint_0.pth"
+    assert load_supernet(folder, model="vit_digits").table.last > 0
+    disk(size * 6)
+    assert train(folder, start=start) == 0
+    assert_same_run(folder, whole)
 
 
 # ------------------------------------------------------------------------------------------ bad losses
