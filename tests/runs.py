@@ -26,6 +26,8 @@ CONTEXT.set_forkserver_preload(["torch", "timm", "sklearn.datasets", "main_train
 def child(options, patch, words=os.devnull):
     """main_train.py in a process of its own, after ``patch`` = (function, arguments); it prints into ``words``."""
     torch.set_num_threads(1)
+    # As of its own accord: started by the server, data workers would not notice that the run they work for is dead.
+    multiprocessing.set_start_method("fork", force=True)
     with open(words, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         if patch:
             patch[0](*patch[1:])
