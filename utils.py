@@ -200,7 +200,7 @@ def start_up(args):
         local_rank, args.rank, args.world_size = world_info_from_env()
         device = torch.device("cuda", local_rank) if device.type == "cuda" else device
         _join_ranks("nccl" if device.type == "cuda" else "gloo", args.rank, args.world_size)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     args.device = str(device)
     seed_all(args.seed, 0, args.rank)

@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT
 from runs import CONTEXT, OPTIONS, child, log_of
@@ -117,6 +119,30 @@ def test_restarts_on_several_machines_need_a_store_for_each_life(joined):
     with pytest.raises(utils.InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         joined(0, machines="2")
     joined(0, machines="2", allowed="0")
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "chosen", "current"),
+    [
+        ("auto", "1", "cuda", []),
+        ("cuda:0", "1", "cuda:0", ["cuda:0"]),
+        ("auto", "2", "cuda:1", ["cuda:1"]),
+        ("cuda:0", "2", "cuda:1", ["cuda:1"]),
+    ],
+)
+def test_every_rank_takes_its_own_gpu(device, ranks, chosen, current, monkeypatch):
+    backends, set_to, args = [], [], Namespace(device=device, seed=0)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: set_to.append(str(device)))
+    monkeypatch.setattr(utils, "_join_ranks", lambda *arguments: backends.append(arguments))
+    assert str(utils.start_up(args)) == args.device == chosen
+    assert set_to == current
+    assert backends == ([("nccl", 1, 2)] if ranks == "2" else [])
+    assert (args.rank, args.world_size) == ((1, 2) if ranks == "2" else (0, 1))
 
 
 def as_rank(rank, port):
