@@ -65,14 +65,21 @@ def assert_nothing_grows_within(samples):
     assert_flat(max(len(s["children"]) for s in first), max(len(s["children"]) for s in last))
 
 
+def lives_of(samples):
+    return [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample["pid"])]
+
+
 def assert_nothing_grows_over_lives(samples):
     """From one life to the next: the most memory that each had, and what was open at the end of its epochs."""
-    lives = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample["pid"])]
-    first, last = thirds(lives)
-    highest = [[life[-1]["VmHWM"] for life in part] for part in (first, last)]
-    assert_flat(statistics.median(highest[0]), statistics.median(highest[1]), TOLERANCE)
+    first, last = thirds(lives_of(samples))
+    assert_flat(middle_high_water(first), middle_high_water(last), TOLERANCE)
     for count in (lambda s: s["files"], lambda s: len(s["children"])):
         assert_flat(max(count(s) for life in first for s in life), max(count(s) for life in last for s in life))
+
+
+def middle_high_water(lives):
+    """The median over lives of the most memory that each had, in kB."""
+    return statistics.median(life[-1]["VmHWM"] for life in lives)
 
 
 def end_of(process, seconds, number):
@@ -131,9 +138,11 @@ def report(alone, disturbed, runs, ends, most):
     """Print the figures (pytest -s)."""
     counts = {code: ends.count(code) for code in sorted(set(ends))}
     print(f"{runs} runs of {EPOCHS} epochs; lives by exit code {counts}; at most {most:.2f} checkpoints on disk")
-    for title, samples in (("alone", [s for s in alone if s["epoch"] >= WARM_UP]), ("disturbed", disturbed)):
-        for part, third in zip(("first", "last"), thirds(samples), strict=True):
-            middle, highest = statistics.median(s["VmRSS"] for s in third), max(s["VmHWM"] for s in third)
-            files, children = max(s["files"] for s in third), max(len(s["children"]) for s in third)
-            memory = f"{middle / 1024:.1f} MB resident, {highest / 1024:.1f} MB at most"
-            print(f"{title}, {part} third: {memory}, {files} files, {children} processes")
+    settled = thirds([sample for sample in alone if sample["epoch"] >= WARM_UP])
+    resident = [f"{statistics.median(s['VmRSS'] for s in third) / 1024:.1f}" for third in settled]
+    print(f"alone: median resident memory in the first and the last third: {' and '.join(resident)} MB")
+    highest = [f"{middle_high_water(third) / 1024:.1f}" for third in thirds(lives_of(disturbed))]
+    print(f"disturbed: median high-water mark in the first and the last third of lives: {' and '.join(highest)} MB")
+    samples = alone + disturbed
+    files, children = {s["files"] for s in samples}, {len(s["children"]) for s in samples}
+    print(f"open files after any epoch: {sorted(files)}, processes of its own: {sorted(children)}")
