@@ -397,7 +397,8 @@ class ImageLoader:
     """
 
     def __init__(self, images, transform, args, drop_last, **kwargs):
-        self.skip, self.bad, self.seen, self.sampler = args.skip_bad_images, {}, 0, kwargs["sampler"]
+        self.skip, self.sampler = args.skip_bad_images, kwargs["sampler"]
+        self.bad, self.seen, self.reported = {}, 0, set()
         self.loader = DataLoader(
             TransformedDataset(images, transform, replace=drop_last and self.skip), batch_size=args.batch_size,
             num_workers=args.num_workers, pin_memory=args.pin_mem and args.device != "cpu", collate_fn=_collate,
@@ -421,15 +422,17 @@ class ImageLoader:
 
 
 def report_bad_images(loader, title):
-    """Say how many images of the last pass over ``loader`` could not be read, over all ranks. To be called by all of
-    them. Raises InputError if there was nothing else."""
+    """Say how many images of the last pass over ``loader`` could not be read, over all ranks, unless it said so last
+    time: six networks that are evaluated one after another are no reason for six lines. To be called by all ranks.
+    Raises InputError if there was nothing else."""
     if not isinstance(loader, ImageLoader) or not loader.skip:
         return
     passes = utils.gather((loader.bad, loader.seen))
     bad = {name: image for found, _ in passes for name, image in found.items()}
     if bad and not any(seen for _, seen in passes):
         raise InputError(f"{title}: no image could be read, the first: {_in_words(min(bad.items())[1])}")
-    if bad:
+    if bad and set(bad) != loader.reported:
+        loader.reported = set(bad)
         names = ", ".join(sorted(bad)[:3]) + (", ..." if len(bad) > 3 else "")
         utils.say(f"{title}: {len(bad)} image(s) could not be read and were skipped: {names}")
 

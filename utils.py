@@ -14,10 +14,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
-import timm.utils
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from timm.utils import is_distributed_env, world_info_from_env
 from tqdm import tqdm
 
 
@@ -190,13 +190,42 @@ def restore_signals(_worker=None):
 def start_up(args):
     """Choose the device, join the process group if torchrun or Slurm started us, and seed the process.
 
-    ``args.device`` is ``auto``, ``cpu`` or ``cuda[:i]``. Sets ``args.rank`` and ``args.world_size``.
-    Returns the torch.device. Raises InputError if CUDA is asked for and absent.
+    ``args.device`` is ``auto``, ``cpu`` or ``cuda[:i]``; with several ranks each takes the GPU of its local rank. Sets
+    ``args.rank`` and ``args.world_size``.
+    Returns the torch.device. Raises InputError if CUDA is asked for and absent, and what ``_join_ranks`` raises.
     """
-    args.device = str(choose_device(args.device, "--device"))
-    device = timm.utils.init_distributed_device(args)
+    device = choose_device(args.device, "--device")
+    local_rank, args.rank, args.world_size = 0, 0, 1
+    if is_distributed_env():
+        local_rank, args.rank, args.world_size = world_info_from_env()
+        device = torch.device("cuda", local_rank) if device.type == "cuda" else device
+        _join_ranks("nccl" if device.type == "cuda" else "gloo", args.rank, args.world_size)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    args.device = str(device)
     seed_all(args.seed, 0, args.rank)
     return device
+
+
+def _join_ranks(backend, rank, world_size):
+    """Make the process group, of ranks that torchrun has started or started again, or Slurm.
+
+    torchrun's agent serves one key-value store to all lives of the ranks. A rank that starts again would find in it the
+    addresses of the life before and wait for connections to ports that nobody listens on. Each life therefore gets a
+    part of its own, named by torchrun's count of restarts. Agents of several machines do not count alike (a restart for
+    another machine's sake is not counted), but can be told to open a new store for each life.
+    Raises InputError if several agents may restart with one store.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise InputError(
+            "torchrun --max-restarts on several machines: ranks that start again could wait for the old ones; give "
+            "torchrun --rdzv-backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or no restarts"
+        )
+    store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+    if shared:
+        store = dist.PrefixStore(f"life_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def choose_device(name, flag):
@@ -389,7 +418,7 @@ def output_folder(path, flag="--output_dir"):
     if is_main():
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".write_test.{os.getpid()}"
+            probe = path / f".write_test.{os.getpid()}.part"
             try:
                 probe.write_bytes(bytes(4096))  # an empty file fits onto a full disk
             finally:

@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "skd_tests_without_a_hub")
 
+import utils
 from models.supernet import as_supernet
+from models.vit import ModelSpec
 from models.width_table import Widths
 
 ROOT = Path(__file__).parents[1]
@@ -72,3 +74,12 @@ def shared_args(tmp_path):
         data_set="DIGITS", data_path=str(tmp_path), batch_size=8, num_workers=0, pin_mem=False, device="cpu", seed=0,
         eval_crop_ratio=0.875, proxy_samples=16, amp="none", skip_bad_images=False,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """Random starting weights: what a run learns does not matter here."""
+    path = tmp_path_factory.mktemp("start") / "start.pth"
+    utils.seed_all(3)
+    torch.save(ModelSpec("vit_digits", 10).build().state_dict(), path)
+    return path

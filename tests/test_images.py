@@ -110,6 +110,11 @@ def test_in_evaluation_bad_images_are_left_out_and_counted(workers, shared_args,
     assert line == (
         f"evaluate: 2 image(s) could not be read and were skipped: {folder}/val/cat/1.JPEG, {folder}/val/eel/3.JPEG\n"
     )
+    evaluate(tiny_vit(), loader, torch.device("cpu"))
+    assert not capsys.readouterr().out, "told once"
+    (folder / "val" / "cat" / "2.JPEG").write_bytes(b"")
+    evaluate(tiny_vit(), loader, torch.device("cpu"))
+    assert capsys.readouterr().out.startswith("evaluate: 3 image(s)"), "until there are others"
 
 
 def test_in_training_the_next_good_image_stands_in_whatever_the_workers(shared_args, folder, capsys):

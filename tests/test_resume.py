@@ -1,69 +1,22 @@
-"""Runs that are killed, told to stop, or lose a rank, against one that is left alone: equal to the bit."""
+"""Runs that are killed or told to stop, against one that is left alone: equal to the bit."""
 
-import contextlib
-import importlib
-import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_same_run, log_of, signal_self, train, wrap
 
 import checkpoints
 import engine
-import main_train
 import utils
 from models.store import load_supernet
-from models.vit import ModelSpec, read_checkpoint
+from models.vit import read_checkpoint
 from models.width_table import Widths, WidthTable
-
-ROOT = Path(__file__).parents[1]
-# All of DeiT's randomness, averaged weights, a list that grows, and checkpoints within epochs.
-OPTIONS = [
-    "--model", "vit_digits", "--data-set", "DIGITS", "--device", "cpu", "--num-workers", "0", "--batch-size", "128",
-    "--proxy-samples", "128", "--epochs", "3", "--grow-epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0",
-    "--save-every-steps", "2", "--model-ema-decay", "0.9", "--always", "largest",
-]  # fmt: skip
-# Children start from a server that has imported everything once.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "timm", "sklearn.datasets", "main_train"])
-
-
-def child(options, patch):
-    """main_train.py in a process of its own, after ``patch`` = (function, arguments)."""
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        if patch:
-            patch[0](*patch[1:])
-        utils.run_stage(main_train.main, main_train.get_args([str(option) for option in options]))
-
-
-def train(output, *options, start, patch=None):
-    """The exit code of a run; negative for the signal that ended it."""
-    command = [*OPTIONS, "--pretrained", start, "--output-dir", output, "--resume", "auto", *options]
-    process = CONTEXT.Process(target=child, args=(command, patch))
-    process.start()
-    process.join(300)
-    return process.exitcode
-
-
-def wrap(module, name, before):
-    """Call ``before()`` each time before ``module.name`` runs."""
-    module = importlib.import_module(module)
-    original = getattr(module, name)
-
-    def wrapped(*args, **kwargs):
-        before()
-        return original(*args, **kwargs)
-
-    setattr(module, name, wrapped)
 
 
 def kill_after(events, delay):
@@ -82,18 +35,6 @@ def kill_after(events, delay):
         wrap(module, name, count)
 
 
-def signal_self(where, times, number):
-    """Send a signal to this process as it enters the ``times``-th call of a function."""
-    left = [times]
-
-    def count():
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), number)
-
-    wrap(*where, count)
-
-
 def die_while_writing(times):
     """SIGKILL this process when half of the ``times``-th checkpoint is on disk."""
     original, left = torch.save, [times]
@@ -109,52 +50,11 @@ def die_while_writing(times):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Random starting weights: what a run learns does not matter here."""
-    path = tmp_path_factory.mktemp("start") / "start.pth"
-    utils.seed_all(3)
-    torch.save(ModelSpec("vit_digits", 10).build().state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     """The run that nobody disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     assert train(folder, start=start) == 0
     return folder
-
-
-def log_of(folder):
-    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
-
-
-def assert_same_run(folder, whole):
-    """Weights, averages, optimiser, schedule, best checkpoint, table and log, but for the seconds, equal to the bit."""
-    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}, "a file is missing or left over"
-    for name in ("checkpoint_2.pth", checkpoints.BEST_NAME):
-        one, other = read_checkpoint(folder / name), read_checkpoint(whole / name)
-        del one["args"], other["args"]
-        assert one.keys() == other.keys()
-        assert_equal(one, other, name)
-    assert (folder / "mask_table.json").read_text() == (whole / "mask_table.json").read_text()
-    assert log_of(folder) == log_of(whole)
-
-
-def assert_equal(one, other, where):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where} {key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{where} {index}")
-    else:
-        assert one == other, where
 
 
 def test_the_whole_run_is_worth_comparing(whole):
@@ -185,9 +85,8 @@ def lives(kills, folder, start, seed):
     """A run that is killed so many times at random moments, then left alone."""
     draw = random.Random(seed)
     for _ in range(kills):
-        patch = (kill_after, draw.randint(4, 25), draw.random() * 0.2)
-        if train(folder, start=start, patch=patch) == 0:
-            break
+        patch = (kill_after, draw.randint(4, 25), draw.random() * 0.05)
+        assert train(folder, start=start, patch=patch) == -signal.SIGKILL
     assert train(folder, start=start) == 0
 
 
@@ -269,37 +168,43 @@ def test_the_log_is_trimmed_to_what_was_saved(tmp_path):
     assert log.read_text() == '{"epoch": 0, "a": 1}\n'
 
 
-# ------------------------------------------------------------------------------------------ ranks
+# ------------------------------------------------------------------------------------------ full disks
 
 
-def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(start, tmp_path):
-    """Two gloo ranks; rank 1 kills itself once, in the second epoch. torchrun starts both again."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import json, os, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import main_train, utils\n"
-        "from test_resume import signal_self\n"
-        "if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "    signal_self(('engine', '_backward'), 13, signal.SIGKILL)\n"
-        "fit = main_train.fit\n"
-        "def noted(run, *rest):\n"
-        f"    open({str(tmp_path / 'lives.txt')!r}, 'a').write(json.dumps([utils.rank(), run.epoch]) + chr(10))\n"
-        "    fit(run, *rest)\n"
-        "main_train.fit = noted\n"
-        "utils.run_stage(main_train.main, main_train.get_args())\n"
-    )
-    options = [*OPTIONS, "--pretrained", start, "--resume", "auto", "--epochs", "2", "--batch-size", "64"]
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
-         script, *options, "--output-dir", tmp_path / "out"],
-        capture_output=True, text=True, timeout=500, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    lives = [json.loads(line) for line in (tmp_path / "lives.txt").read_text().splitlines()]
-    assert sorted(rank for rank, _ in lives) == [0, 0, 1, 1], "both ranks start twice"
-    began = {epoch for _, epoch in lives[2:]}
-    assert began == {1}, "the second life goes on in the epoch in which the first ended"
-    assert [record["epoch"] for record in log_of(tmp_path / "out")] == [0, 1]
+@pytest.fixture
+def disk(tmp_path):
+    """A function that makes a file system of so many bytes, or changes its size, and returns its folder."""
+    folder = tmp_path / "disk"
+
+    def of_size(count):
+        folder.mkdir(exist_ok=True)
+        change = "remount," if folder.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{change}size={count}", "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        return folder
+
+    yield of_size
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_costs_no_more_than_what_was_not_saved(whole, start, disk, tmp_path):
+    size = (whole / "checkpoint_2.pth").stat().st_size
+    folder, words = disk(size * 3 // 2), tmp_path / "words.txt"
+    assert train(folder, "--save-every-steps", "0", start=start, words=words) == 2
+    said = words.read_text().splitlines()
+    assert said[-1] == f"error: {folder / checkpoints.BEST_NAME}: cannot be written (No space left on device)"
+    assert "Traceback" not in " ".join(said)
+    assert {path.name for path in folder.iterdir()} == {"checkpoint_0.pth", "mask_table.json", "log.txt"}
+    assert checkpoints.to_resume("auto", folder) == folder / "checkpoint_0.pth"
+    assert load_supernet(folder, model="vit_digits").table.last > 0
+    disk(size * 6)
+    assert train(folder, start=start) == 0
+    assert_same_run(folder, whole)
+
+
+# ------------------------------------------------------------------------------------------ bad losses
 
 
 def test_bad_losses_are_skipped_and_counted_up_to_the_allowed_number(start, tmp_path):

@@ -1,0 +1,110 @@
+"""Training runs in processes of their own, on the digits, that tests disturb and compare."""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+
+import torch
+
+import main_train
+import utils
+from models.vit import read_checkpoint
+
+# All of DeiT's randomness, averaged weights, a list that grows, and checkpoints within epochs.
+OPTIONS = [
+    "--model", "vit_digits", "--data-set", "DIGITS", "--device", "cpu", "--num-workers", "0", "--batch-size", "128",
+    "--proxy-samples", "128", "--epochs", "3", "--grow-epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0",
+    "--save-every-steps", "2", "--model-ema-decay", "0.9", "--always", "largest",
+]  # fmt: skip
+# Children start from a server that has imported everything once.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "timm", "sklearn.datasets", "main_train"])
+
+
+def child(options, patch, words=os.devnull):
+    """main_train.py in a process of its own, after ``patch`` = (function, arguments); it prints into ``words``."""
+    torch.set_num_threads(1)
+    # As of its own accord: started by the server, data workers would not notice that the run they work for is dead.
+    multiprocessing.set_start_method("fork", force=True)
+    with open(words, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        if patch:
+            patch[0](*patch[1:])
+        utils.run_stage(main_train.main, main_train.get_args([str(option) for option in options]))
+
+
+def begin(output, *options, start, patch=None, words=os.devnull):
+    """The process of a run that goes on where the last one in ``output`` stopped."""
+    command = [*OPTIONS, "--pretrained", start, "--output-dir", output, "--resume", "auto", *options]
+    process = CONTEXT.Process(target=child, args=(command, patch, words))
+    process.start()
+    return process
+
+
+def train(output, *options, **more):
+    """The exit code of a run; negative for the signal that ended it."""
+    process = begin(output, *options, **more)
+    process.join(300)
+    return process.exitcode
+
+
+def wrap(module, name, before):
+    """Call ``before()`` each time before ``module.name`` runs."""
+    module = importlib.import_module(module)
+    original = getattr(module, name)
+
+    def wrapped(*args, **kwargs):
+        before()
+        return original(*args, **kwargs)
+
+    setattr(module, name, wrapped)
+
+
+def once(where, times, do):
+    """Call ``do()`` as this process enters the ``times``-th call of a function."""
+    left = [times]
+
+    def count():
+        left[0] -= 1
+        if left[0] == 0:
+            do()
+
+    wrap(*where, count)
+
+
+def signal_self(where, times, number):
+    """Send a signal to this process as it enters the ``times``-th call of a function."""
+    once(where, times, lambda: os.kill(os.getpid(), number))
+
+
+def log_of(folder):
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def assert_same_run(folder, whole):
+    """All checkpoints with all that is in them, table and log, but for the seconds, are equal to the bit."""
+    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}, "a file is missing or left over"
+    for name in (path.name for path in whole.glob("*.pth")):
+        one, other = read_checkpoint(folder / name), read_checkpoint(whole / name)
+        del one["args"], other["args"]
+        assert one.keys() == other.keys()
+        assert_equal(one, other, name)
+    assert (folder / "mask_table.json").read_text() == (whole / "mask_table.json").read_text()
+    assert log_of(folder) == log_of(whole)
+
+
+def assert_equal(one, other, where):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where} {key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{where} {index}")
+    else:
+        assert one == other, where

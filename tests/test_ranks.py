@@ -1,0 +1,177 @@
+"""Several ranks, one of which dies or goes its own way."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from runs import CONTEXT, OPTIONS, child, log_of
+
+import main_train
+import utils
+
+# The requirement, and with it the one bound on time in these tests: seconds from a rank's death to the end of the rest.
+DEATH_IS_NOTICED_IN = 60
+
+# Rank 1 dies twice: before the process group is there, and in the second epoch. It is late each time it starts again,
+# so that rank 0 meets nothing but what the life before has left behind.
+DIES_TWICE = """
+import json, os, signal, sys, time
+
+rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+def note(event, **more):
+    with open(sys.argv[1], "a") as file:
+        file.write(json.dumps({"rank": rank, "life": life, "event": event, "time": time.time()} | more) + "\\n")
+
+def die():
+    note("dies")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+note("begins")
+import main_train, utils
+from runs import once
+
+fit = main_train.fit
+def noted(run, *rest):
+    note("trains", epoch=run.epoch)
+    fit(run, *rest)
+main_train.fit = noted
+if rank == 1 and life == 0:
+    die()
+if rank == 1:
+    time.sleep(3)
+if rank == 1 and life == 1:
+    once(("engine", "_backward"), 13, die)
+utils.run_stage(main_train.main, main_train.get_args(sys.argv[2:]))
+"""
+
+
+def torchrun(script, *words, restarts, timeout):
+    """(exit code, output) of two ranks under torchrun, none of which outlives the time limit."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    process = subprocess.Popen(
+        [sys.executable, *command, script, *map(str, words)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )  # fmt: skip
+    try:
+        return process.communicate(timeout=timeout)[0], process.returncode
+    finally:
+        process.terminate()  # and not killed: torchrun ends its ranks
+        process.wait()
+
+
+def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(start, tmp_path):
+    script, notes = tmp_path / "script.py", tmp_path / "notes.txt"
+    script.write_text(DIES_TWICE)
+    options = [*OPTIONS, "--pretrained", start, "--resume", "auto", "--epochs", "2", "--batch-size", "64"]
+    output, code = torchrun(script, notes, *options, "--output-dir", tmp_path / "out", restarts=2, timeout=400)
+    assert code == 0, output
+    events = [json.loads(line) for line in notes.read_text().splitlines()]
+
+    def found(event, life):
+        return sorted((e for e in events if (e["event"], e["life"]) == (event, life)), key=lambda e: e["rank"])
+
+    assert [len(found("begins", life)) for life in range(4)] == [2, 2, 2, 0]
+    assert [[e["epoch"] for e in found("trains", life)] for life in range(3)] == [[], [0, 0], [1, 1]]
+    for life in range(2):
+        # torchrun starts a life when nobody of the one before is left.
+        (death,) = found("dies", life)
+        assert min(e["time"] for e in found("begins", life + 1)) - death["time"] < DEATH_IS_NOTICED_IN
+    assert [record["epoch"] for record in log_of(tmp_path / "out")] == [0, 1]
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """A function that joins the ranks as torchrun's environment says and returns the store that they would use."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    stores = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: stores.append(store))
+
+    def join(restarts, shared="True", machines="1", allowed="3"):
+        environment = {
+            "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port),
+            "TORCHELASTIC_USE_AGENT_STORE": shared, "TORCHELASTIC_RESTART_COUNT": str(restarts),
+            "TORCHELASTIC_MAX_RESTARTS": allowed, "GROUP_WORLD_SIZE": machines,
+        }  # fmt: skip
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        utils._join_ranks("gloo", 0, 1)
+        return stores[-1]
+
+    return join
+
+
+def test_a_life_does_not_see_what_the_one_before_has_stored(joined):
+    joined(0).set("address", "old")
+    assert joined(0).check(["address"])
+    assert not joined(1).check(["address"])
+
+
+def test_restarts_on_several_machines_need_a_store_for_each_life(joined):
+    with pytest.raises(utils.InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        joined(0, machines="2")
+    joined(0, machines="2", allowed="0")
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "chosen", "current"),
+    [
+        ("auto", "1", "cuda", []),
+        ("cuda:0", "1", "cuda:0", ["cuda:0"]),
+        ("auto", "2", "cuda:1", ["cuda:1"]),
+        ("cuda:0", "2", "cuda:1", ["cuda:1"]),
+    ],
+)
+def test_every_rank_takes_its_own_gpu(device, ranks, chosen, current, monkeypatch):
+    backends, set_to, args = [], [], Namespace(device=device, seed=0)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: set_to.append(str(device)))
+    monkeypatch.setattr(utils, "_join_ranks", lambda *arguments: backends.append(arguments))
+    assert str(utils.start_up(args)) == args.device == chosen
+    assert set_to == current
+    assert backends == ([("nccl", 1, 2)] if ranks == "2" else [])
+    assert (args.rank, args.world_size) == ((1, 2) if ranks == "2" else (0, 1))
+
+
+def as_rank(rank, port):
+    """Be one of two ranks, with statistics of its own."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    measured = main_train.branch_removal
+
+    def skewed(*args):
+        value, without = measured(*args)
+        return value, without[::-1] if rank else without
+
+    main_train.branch_removal = skewed
+
+
+def test_ranks_that_grow_different_tables_stop_before_anything_is_written(start, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [*OPTIONS, "--pretrained", start, "--output-dir", tmp_path / "out", "--batch-size", "64"]
+    files = [tmp_path / f"words{rank}.txt" for rank in range(2)]
+    ranks = [CONTEXT.Process(target=child, args=(command, (as_rank, r, port), files[r])) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(200)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [2, 2]
+    for file in files:
+        (line,) = [line for line in file.read_text().splitlines() if "error" in line]
+        assert line == "error: epoch 0: the ranks grew different width tables; their data or weights must differ"
+    assert not list((tmp_path / "out").iterdir())
