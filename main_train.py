@@ -202,7 +202,9 @@ def main(args):
     checkpoint, content = run.resume(output)
     if checkpoint:
         table = resumed_table(content, checkpoint, full_widths(model))
-        unit_costs = content.get("unit_costs", unit_costs)
+        # Checkpoints of a time when only plain ViTs could be cut have one pair for all blocks.
+        saved = list(content.get("unit_costs", unit_costs))
+        unit_costs = saved if len(saved) == len(unit_costs) else saved * shapes.depth
     say(
         f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
         f"rank(s), learning rate {run.lr:.2e}, full network {human(shapes.macs(table.steps[0]))} MACs"

@@ -25,7 +25,7 @@ from models.piad import Groups
 from models.statistics import OBJECTIVES, collect_statistics
 from models.subnetwork import load_subnetwork
 from models.supernet import as_stock, as_supernet, blocks_of, class_name, full_widths, set_widths
-from models.vit import ALIASES, ModelSpec
+from models.vit import ALIASES, ModelSpec, load_weights
 from models.width_table import Widths, WidthTable
 from models.wpac import reparameterise
 
@@ -204,6 +204,23 @@ def test_saved_and_exported_networks_need_none_of_our_code(family, tmp_path, mon
     again, images = load_subnetwork(tmp_path / "net"), images_of(family).float()
     assert torch.equal(network(images), again(images))
     assert list(timm.data.resolve_data_config(model=again)["input_size"]) == [3, family.size, family.size]
+
+
+@torch.no_grad()
+@every_family
+def test_another_input_size_is_resampled_as_timm_does(family, tmp_path, monkeypatch):
+    """timm itself, given the same weights as a pre-trained file, is the reference."""
+    kwargs = {name: value for name, value in family.kwargs.items() if name != "num_classes"}
+    monkeypatch.setitem(ALIASES, "small", (family.name, kwargs))
+    size, state = family.size * 3 // 2, family.build().state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    ours = ModelSpec("small", family.classes, size).build()
+    assert load_weights(ours, state, "a test") == []
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": family.classes}
+    arguments = kwargs | {"img_size": size, "num_classes": family.classes, "pretrained_cfg_overlay": overlay}
+    reference = timm.create_model(family.name, pretrained=True, **arguments)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ours.eval()(images), reference.eval()(images))
 
 
 # ------------------------------------------------------------------------------------------ the stages' commands
