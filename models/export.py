@@ -138,8 +138,12 @@ def _quantise(network, source, path):
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = path.with_name("prepared.onnx")
-    quant_pre_process(source, prepared)
-    quantize_dynamic(prepared, path, per_channel=True, weight_type=QuantType.QInt8)
+    try:
+        quant_pre_process(source, prepared)
+        quantize_dynamic(prepared, path, per_channel=True, weight_type=QuantType.QInt8)
+    except Exception as error:  # versions of torch, onnx and ONNX Runtime that do not go together, in many ways
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"--export int8: ONNX Runtime does not quantise what torch has exported ({reason})") from None
     prepared.unlink()
     _difference(network, OnnxNetwork(path), path.name)
 

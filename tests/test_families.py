@@ -216,7 +216,7 @@ def test_another_input_size_is_resampled_as_timm_does(family, tmp_path, monkeypa
     torch.save(state, tmp_path / "weights.pth")
     ours = ModelSpec("small", family.classes, size).build()
     assert load_weights(ours, state, "a test") == []
-    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": family.classes}
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": family.classes, "custom_load": False}
     arguments = kwargs | {"img_size": size, "num_classes": family.classes, "pretrained_cfg_overlay": overlay}
     reference = timm.create_model(family.name, pretrained=True, **arguments)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
