@@ -206,9 +206,11 @@ def _branch_removal_of_batch(model, blocks, images, labels, measure):
     """Summed measures [1 + 2L] of one batch; ``blocks``: [(dotted name, block)] of the model."""
     inputs = []
     handles = [block.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])) for _, block in blocks]
-    values = [measure(model(images), labels)]
-    for handle in handles:
-        handle.remove()
+    try:
+        values = [measure(model(images), labels)]
+    finally:
+        for handle in handles:
+            handle.remove()
     for index, (path, block) in enumerate(blocks):
         passed = {before: Replay() for before, _ in blocks[:index]} | {path: Replay(inputs[index], block)}
         attn, mlp = block.attn_width, block.mlp_width
@@ -217,7 +219,9 @@ def _branch_removal_of_batch(model, blocks, images, labels, measure):
                 values.append(values[0])
                 continue
             block.set_widths(*widths)
-            with replaced(model, passed):
-                values.append(measure(model(images), labels))
-            block.set_widths(attn, mlp)
+            try:
+                with replaced(model, passed):
+                    values.append(measure(model(images), labels))
+            finally:
+                block.set_widths(attn, mlp)
     return torch.stack(values)

@@ -29,6 +29,7 @@ from utils import InputError, fraction, say
 
 # The options that say how the weights came about.
 REPORTED = ("model", "input_size", "pretrained", "basis", "mlp_order", "objective", "proxy_samples", "seed")
+NAMES = ("attention", "MLP")
 # Largest difference of a full-width logit, relative to the largest logit, that float32 rounding may cause.
 TOLERANCE = 1e-4
 
@@ -106,6 +107,10 @@ def check_options(args):
     """Fill in the order of hidden units. Raises InputError if it contradicts --no_compensation."""
     if args.mlp_order == "greedy" and not args.compensation:
         raise InputError("--mlp_order greedy needs the statistics that --no_compensation leaves out; use taylor")
+    if args.min_width and not args.compensation:
+        raise InputError(
+            "--min_width bounds the width table, which --no_compensation leaves out; give it to main_train.py"
+        )
     args.mlp_order = args.mlp_order or ("greedy" if args.compensation else "taylor")
 
 
@@ -145,8 +150,8 @@ def main(args):
         save_memory(results, model, output / MEMORY_NAME)
         utils.save_text(table.to_json(), output / store.TABLE_NAME)
         report["errors"] = [{"attn": r.attn_error.tolist(), "mlp": r.mlp_error.tolist()} for r in results]
-        for index, errors in enumerate(report["errors"]):
-            say(f"block {index:2d}: {concentration(errors)}")
+        for index, (errors, block) in enumerate(zip(report["errors"], blocks_of(model), strict=True)):
+            say(f"block {index:2d}: {concentration(errors, block.parts)}")
     utils.save_text(json.dumps(report, indent=1), output / "report.json")
     tail = f"--data_set {args.data_set} --data_path {args.data_path}"
     if args.compensation:
@@ -159,10 +164,11 @@ def main(args):
         say(f"  python main_train.py --model {args.model} --pretrained {weights} {tail}")
 
 
-def concentration(errors):
+def concentration(errors, parts):
     """How much of what a block carries sits in the first quarter of its dimensions, in words."""
     shares = [sum(e[: len(e) // 4]) / max(sum(e), 1e-30) for e in (errors["attn"], errors["mlp"])]
-    return "first quarter of the dimensions holds {:.0%} (attention), {:.0%} (MLP)".format(*shares)
+    held = [f"{share:.0%} ({name})" for share, name, part in zip(shares, NAMES, parts, strict=True) if not part.whole]
+    return f"first quarter of the dimensions holds {', '.join(held)}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from models import piad, store
 from models.cost import Shapes, measured_unit_costs
 from models.distillation import Distillation, load_teacher
 from models.statistics import OBJECTIVES, collect_statistics
-from models.supernet import as_supernet, full_widths, set_widths
+from models.supernet import as_supernet, set_widths
 from models.vit import ModelSpec, classes_of, load_weights, read_checkpoint
 from models.width_table import WidthTable
 from options import (
@@ -132,14 +132,13 @@ def complete_table(args):
     return str(beside) if args.mask_table == "auto" else args.mask_table
 
 
-def first_table(args, model):
+def first_table(args, shapes):
     """The width table that training starts with: the full network alone, or all of ``--mask_table``."""
-    full = full_widths(model)
     if not args.mask_table:
         say(f"the list of sub-networks grows in {args.grow_epochs} epochs")
-        return WidthTable([full])
+        return WidthTable([shapes.full])
     table = WidthTable.load(args.mask_table)
-    table.check_fits(full, args.mask_table)
+    table.check_fits(shapes.full, shapes.whole, args.mask_table)
     say(f"training the {len(table.steps)} sub-networks of {args.mask_table} from the start")
     return WidthTable(table.steps)
 
@@ -158,11 +157,11 @@ def is_complete(table, shapes, args):
     return bool(args.mask_table) or shapes.macs(table.steps[-1]) <= smallest
 
 
-def resumed_table(content, path, full):
+def resumed_table(content, path, shapes):
     """The table of the checkpoint ``content``, or beside it if it holds none, as published ones. Raises InputError."""
     beside = path.parent / store.TABLE_NAME
     table = WidthTable.from_json(content["mask_table"], path) if "mask_table" in content else WidthTable.load(beside)
-    table.check_fits(full, path)
+    table.check_fits(shapes.full, shapes.whole, path)
     return table
 
 
@@ -194,14 +193,14 @@ def main(args):
     test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
     run, shapes = Run(model, args, device, len(train)), Shapes.of(model)
-    table, groups = first_table(args, model), groups_of(args, model)
+    table, groups = first_table(args, shapes), groups_of(args, model)
     if not args.mask_table:
         args.drop_ratio = reachable_drop_ratio(args, groups, shapes)
         piad.check_reachable(groups, shapes.macs, shapes.macs(groups.full) * (1 - args.drop_ratio))
     unit_costs = measure_unit_costs(args, model, shapes, device)
     checkpoint, content = run.resume(output)
     if checkpoint:
-        table = resumed_table(content, checkpoint, full_widths(model))
+        table = resumed_table(content, checkpoint, shapes)
         # Checkpoints of a time when only plain ViTs could be cut have one pair for all blocks.
         saved = list(content.get("unit_costs", unit_costs))
         unit_costs = saved if len(saved) == len(unit_costs) else saved * shapes.depth

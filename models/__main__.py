@@ -7,14 +7,16 @@ import torch
 
 from models.kinds import ATTENTION, BLOCKS, MLPS, MODELS, block_paths, parts_of
 from models.supernet import check_supported, class_name
+from models.vit import ALIASES
 from utils import InputError
 
 
 def describe(name):
     """One line on a timm model: its blocks and what is left out, or why it cannot be cut."""
     try:
+        timm_name, arguments = ALIASES.get(name, (name, {}))
         with torch.device("meta"):
-            model = timm.create_model(name)
+            model = timm.create_model(timm_name, **arguments)
         check_supported(model)
     except InputError as error:
         return f"no: {str(error).split(';')[0]}"
@@ -24,10 +26,9 @@ def describe(name):
     kinds = {}
     for block in blocks:
         for part, module in zip(parts_of(block), (block.attn, block.mlp), strict=True):
-            widths, _ = kinds.setdefault(class_name(type(module)), ([], part.left_out))
-            widths.append(part.width)
+            kinds.setdefault((class_name(type(module)), tuple(part.left_out)), []).append(part.width)
     lines = [f"{len(blocks)} blocks"]
-    for kind, (widths, left_out) in kinds.items():
+    for (kind, left_out), widths in kinds.items():
         without = f", without {', '.join(left_out)}" if left_out else ""
         lines.append(f"{kind} {'/'.join(map(str, dict.fromkeys(widths)))}{without}")
     return "; ".join(lines)
@@ -42,9 +43,10 @@ def main():
             print(f"{title}: {', '.join(map(class_name, table))}")
         print("docs/families.md says what is exact for each; python -m models NAME what that means for one model")
     for pattern in names:
-        found = timm.list_models(pattern) or ([pattern] if timm.is_model(pattern) else [])
+        known = pattern in ALIASES or timm.is_model(pattern)
+        found = [pattern] if known else timm.list_models(pattern)
         if not found:
-            raise SystemExit(f"{pattern}: no name of timm's, and no pattern of one")
+            print(f"{pattern}: no name of timm's, and no pattern of one")
         for name in found:
             print(f"{name}: {describe(name)}", flush=True)
 

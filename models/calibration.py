@@ -18,10 +18,12 @@ RIDGE = 1e-3
 def calibrate(network, supernet, batches, objective, device):
     """Refit ``network`` (extracted, changed in place) to the full-width ``supernet``. Branches that end in a norm stay.
 
-    batches: list of (images, labels, positions), this rank's share; kept on ``device`` with their activations, so a few
-    hundred images are meant. objective: of ``models.statistics``, gives the token weights |dC/dx|^2.
+    Both are put into eval mode. batches: list of (images, labels, positions), this rank's share; kept on ``device``
+    with their activations, so a few hundred images are meant. objective: of ``models.statistics``, gives the token
+    weights |dC/dx|^2.
     """
     set_widths(supernet, full_widths(supernet))
+    supernet.eval(), network.eval()
     weights = [token_weights(supernet, batch, objective, device) for batch in batches]
     images, blocks = [batch[0].to(device) for batch in batches], named_blocks(supernet)
     paths = [path for path, _ in blocks]
@@ -58,11 +60,14 @@ def token_weights(supernet, batch, objective, device):
         handles.append(block.drop_path1.register_forward_hook(watch(f"{index}.attn")))
         handles.append(block.drop_path2.register_forward_hook(watch(f"{index}.mlp")))
     images, labels, positions = batch
+    wanted = [parameter.requires_grad for parameter in supernet.parameters()]
+    supernet.requires_grad_(False)
     try:
         with torch.enable_grad():
-            objective(supernet.eval(), images.to(device).requires_grad_(), labels.to(device), positions).backward()
+            objective(supernet, images.to(device).requires_grad_(), labels.to(device), positions).backward()
     finally:
-        supernet.zero_grad(set_to_none=True)
+        for parameter, flag in zip(supernet.parameters(), wanted, strict=True):
+            parameter.requires_grad_(flag)
         for handle in handles:
             handle.remove()
     return found
@@ -79,9 +84,11 @@ def _contexts(supernet, images):
             lambda _m, args, kwargs: seen.append((args[1:], kwargs)), with_kwargs=True
         )
         handles.append(hook)
-    supernet.forward_features(images)
-    for handle in handles:
-        handle.remove()
+    try:
+        supernet.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
     return seen
 
 
@@ -131,9 +138,11 @@ def _run(block, x, args, kwargs, tapped=None):
         handles.append(hook)
     if tapped:
         handles.append(tapped.register_forward_pre_hook(lambda _m, given: found.update(tapped=given[0])))
-    found["mlp"] = block(x, *args, **kwargs)
-    for handle in handles:
-        handle.remove()
+    try:
+        found["mlp"] = block(x, *args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
     return found
 
 

@@ -172,7 +172,8 @@ def compensate(network, supernet, widths, memory):
     Narrower MLPs get the closed-form fc2. The mean output of a branch that is gone goes into the output bias of the
     last kept branch before it (the bias of its norm, where one follows), or into the embedding where there is none:
     nothing reads the residual stream in between, so that is exact. What merges patches does read it: a mean of the next
-    stage has no place before it, and is lost. ``memory``: list of L BlockMemory measured on ``supernet`` at full width.
+    stage has no place before it, and is lost, as is one that finds no bias. ``memory``: list of L BlockMemory measured
+    on ``supernet`` at full width.
     """
     place, stage = _Embedding(network), None
     for (path, block), sums, kept in zip(named_blocks(supernet), memory, widths.mlp, strict=True):
@@ -215,10 +216,11 @@ class _Bias:
         self.module, self.scale = module, scale
 
     def add(self, constant):
-        if self.module.bias is None:
+        bias = getattr(self.module, "bias", None)  # an RMSNorm has none
+        if bias is None:
             return
-        change = constant.to(self.module.bias) / self.scale
-        self.module.bias += torch.where(torch.isfinite(change), change, torch.zeros_like(change))
+        change = constant.to(bias) / self.scale
+        bias += torch.where(torch.isfinite(change), change, torch.zeros_like(change))
 
 
 class _Nowhere:
@@ -236,11 +238,12 @@ class _Embedding:
 
     def add(self, constant):
         network, norm = self.network, getattr(self.network, "norm_pre", None)
-        if getattr(norm, "bias", None) is not None:
-            norm.bias += constant.to(norm.bias)
+        if not isinstance(norm, (nn.Identity, type(None))):
+            if getattr(norm, "bias", None) is not None:
+                norm.bias += constant.to(norm.bias)
             return
         positions, tokens = getattr(network, "pos_embed", None), ("cls_token", "reg_token", "dist_token")
-        place = positions if positions is not None else _end_of(network.patch_embed).bias
+        place = positions if positions is not None else getattr(_end_of(network.patch_embed), "bias", None)
         places = [place]
         if positions is None or getattr(network, "no_embed_class", False):
             places += [token for name in tokens if (token := getattr(network, name, None)) is not None]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from models.kinds import ATTENTION, MLPS
-from models.supernet import BRANCHES, blocks_of, full_widths, set_widths
+from models.supernet import BRANCHES, blocks_of, full_widths, present_widths, set_widths
 from models.vit import image_shape
 from models.width_table import Widths
 
@@ -20,16 +20,16 @@ from models.width_table import Widths
 # the published sub-networks' figures to the printed digit.
 PAPER = {"products": 1, "elementwise": 1, "norm": 2, "matmul": 0}
 # fvcore's convention: products of linear layers and of both attention matmuls, five operations for each element of
-# an affine LayerNorm (of nn.LayerNorm, not of RMSNorm), nothing for biases and activations.
-MATMULS = {"products": 1, "layer_norm": 5, "matmul": 1}
+# an affine LayerNorm and four of another (of LayerNorm, not of RMSNorm), nothing for biases and activations.
+MATMULS = {"products": 1, "layer_norm": 5, "bare_layer_norm": 4, "matmul": 1}
 
 
 @dataclass(frozen=True)
 class Branch:
     """What one branch of a block costs: ``each`` for every dimension per head or hidden unit, ``present`` once.
 
-    Counters of products, elementwise, norm, layer_norm, matmul (per image) and parameters. width: the full width;
-    ``whole``: whether it can only be kept whole.
+    Counters of products, elementwise, norm, layer_norm, bare_layer_norm, matmul (per image) and parameters. width: the
+    full width; ``whole``: whether it can only be kept whole.
     """
 
     each: Counter
@@ -61,7 +61,7 @@ class Shapes:
     @torch.no_grad()
     def of(cls, supernet):
         """Count one image through a super-network, at full width and on tensors without memory."""
-        full, before = full_widths(supernet), _present_widths(supernet)
+        full, before = full_widths(supernet), present_widths(supernet)
         set_widths(supernet, full)
         counts = _Counts(supernet)
         training = supernet.training
@@ -109,10 +109,6 @@ class Shapes:
     def parameters(self, widths):
         """Parameters of the extracted network at ``widths``; a removed branch takes its norm and LayerScale along."""
         return self._total(widths)["parameters"]
-
-
-def _present_widths(supernet):
-    return Widths(*(tuple(w) for w in zip(*((b.attn_width, b.mlp_width) for b in blocks_of(supernet)), strict=True)))
 
 
 def _images(model, count, device):
@@ -177,9 +173,10 @@ class _Counts:
         branch, _ = self.owner.get(id(module), (None, None))
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             self._linear(module, output.numel() // len(module._parameters["weight"]))
-        elif getattr(module, "normalized_shape", None) and module.weight is not None:
-            self.add(module, "norm", output.numel())
-            self.add(module, "layer_norm", output.numel() if isinstance(module, nn.LayerNorm) else 0)
+        elif getattr(module, "normalized_shape", None):
+            affine, layer_norm = module.weight is not None, isinstance(module, nn.LayerNorm)
+            self.add(module, "norm", output.numel() * affine)
+            self.add(module, "layer_norm" if affine else "bare_layer_norm", output.numel() * layer_norm)
         elif isinstance(module, tuple(ATTENTION)):
             self._attention(module, branch, inputs[0])
         elif isinstance(module, tuple(MLPS)):
@@ -229,7 +226,7 @@ def measured_unit_costs(supernet, batch, device):
     set_widths(supernet, full_widths(supernet))
     slopes, costs = {}, []
     for block, (inputs, context) in zip(blocks_of(supernet), _block_inputs(supernet, batch, device), strict=True):
-        shape = (type(block), block.full, inputs[0].shape)
+        shape = (type(block), block.full, inputs[0].shape, sum(p.numel() for p in block.parameters()))
         if shape not in slopes:
             slopes[shape] = [_slope(block, branch, inputs, context) for branch in (0, 1)]
         costs += slopes[shape]
@@ -242,9 +239,11 @@ def _block_inputs(supernet, batch, device):
     for block in blocks_of(supernet):
         hook = block.register_forward_pre_hook(lambda _m, *arguments: seen.append(arguments), with_kwargs=True)
         handles.append(hook)
-    supernet(_images(supernet, batch, device))
-    for handle in handles:
-        handle.remove()
+    try:
+        supernet(_images(supernet, batch, device))
+    finally:
+        for handle in handles:
+            handle.remove()
     return seen
 
 

@@ -255,6 +255,8 @@ def narrow(module, part, width):
     """Give a stock attention or MLP the width ``width``, in place; what is cut is new, on the default device."""
     if width == part.width:
         return
+    if part.whole:
+        raise ValueError(f"width {width} of a {type(module).__name__} that can only be kept whole, at {part.width}")
     for layer in part.layers:
         setattr(module, layer.name, _resized(getattr(module, layer.name), layer, width))
     for name, value in part.attributes(width).items():
@@ -270,4 +272,4 @@ def _resized(full, layer, width):
         full.normalized_shape = (size,)
         return full
     rows, columns = (size, full.in_features) if layer.side == "out" else (full.out_features, size)
-    return nn.Linear(columns, rows, bias=full.bias is not None)
+    return nn.Linear(columns, rows, bias=full.bias is not None, dtype=full.weight.dtype)

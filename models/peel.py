@@ -8,7 +8,7 @@ from torch import nn
 
 from models.kinds import block_paths
 from models.subnetwork import Gone, narrow, narrow_block
-from models.supernet import BRANCHES, as_stock, as_supernet, blocks_of, set_widths
+from models.supernet import BRANCHES, as_stock, as_supernet, blocks_of, present_widths, set_widths
 from models.vit import ModelSpec, load_weights
 from models.width_table import Widths
 from utils import InputError
@@ -16,12 +16,13 @@ from utils import InputError
 
 @torch.no_grad()
 def extract(supernet, widths):
-    """Cut the sub-network of ``widths`` (Widths) out of a super-network; the super-network keeps its own weights.
+    """Cut the sub-network of ``widths`` (Widths) out of a super-network; the super-network stays as it is.
 
     A block keeps timm's class; in a plain ViT one with a single branch is timm's Residual around norm and branch, and
     one with none nn.Identity. The square root of d that the logits are divided by is folded into the queries, so that
     stock attention of the smaller head width computes the same. Raises ValueError if the widths do not fit.
     """
+    before = present_widths(supernet)
     set_widths(supernet, widths)
     blocks = blocks_of(supernet)
     # What is cut is not copied first: in the copy its parameters have no memory, until their prefixes replace them.
@@ -33,6 +34,7 @@ def extract(supernet, widths):
             peeled = narrow_block(network.get_submodule(path), block.attn_width, block.mlp_width)
         network.set_submodule(path, peeled)
         _fill(block, peeled)
+    set_widths(supernet, before)
     return network.eval()
 
 

@@ -263,8 +263,9 @@ class _BlockTap:
     def _add_hidden(self, before, gradient):
         mlp, part = self.block.mlp, self.block.parts[1]
         for *inputs, g in _parts(*before, gradient):
-            # Under autocast they are of a narrower type than the weights, which the norm of some kinds refuses.
-            hidden = part.hidden(mlp, *(x.to(self.block.output("mlp").weight) for x in inputs))
+            # Under autocast they are of a narrower type than the weights, which the norm of some kinds refuses. A copy,
+            # because an activation may work in place.
+            hidden = part.hidden(mlp, *(x.to(self.block.output("mlp").weight, copy=True) for x in inputs))
             a, g = (rearrange(t.float(), "b t m -> (b t) m") for t in (hidden, g))
             taylor = (a * g).abs()
             self.sums.taylor_mlp += taylor.sum(0, dtype=torch.float64)

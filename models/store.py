@@ -10,7 +10,7 @@ from torch import nn
 from models import peel, subnetwork
 from models.compensation import MEMORY_NAME, compensate, load_memory
 from models.cost import MATMULS, Shapes
-from models.supernet import as_supernet, full_widths
+from models.supernet import as_supernet
 from models.vit import ALIASES, ModelSpec, classes_of, load_weights, read_checkpoint
 from models.width_table import WidthTable
 from utils import InputError
@@ -117,11 +117,12 @@ def load_supernet(
     network = spec.build(**kwargs)
     load_weights(network, state, path)
     as_supernet(network)
-    table.check_fits(full_widths(network), table_path)
+    shapes = Shapes.of(network)
+    table.check_fits(shapes.full, shapes.whole, table_path)
     if statistics and compensate is None:
         compensate = True
     memory = _memory(network, Path(statistics or path.parent / MEMORY_NAME), compensate)
-    return SuperNet(network, spec, table, Shapes.of(network), path, memory)
+    return SuperNet(network, spec, table, shapes, path, memory)
 
 
 def chosen_weights(content, use_ema, path):

@@ -162,6 +162,8 @@ def as_stock(model):
 def check_supported(model, who=""):
     """Raise InputError, with what is supported, if there is no entry for ``model``, its blocks, or a part of them."""
     blocks = [module for module in model.modules() if type(module) in BLOCKS]
+    if blocks_of(model):
+        raise InputError(f"{who}this {type(model).__name__} is a super-network already")
     if not isinstance(model, MODELS) or not blocks:
         own = sorted({type(module).__name__ for module in model.modules() if "Block" in type(module).__name__})
         of = f" of {', '.join(own[:3])}" if own else ""
@@ -174,7 +176,8 @@ def check_supported(model, who=""):
 
 
 def as_supernet(model):
-    """Make every block of a timm model one whose width can be set, in place; parameters and names stay.
+    """Make every block of a timm model one whose width can be set, in place; parameters and names stay. It can be
+    copied (deepcopy) but not pickled: save its state dict.
 
     Raises InputError as ``check_supported``.
     """
@@ -247,3 +250,8 @@ def set_widths(model, widths):
 def full_widths(model):
     """The Widths at which nothing is cut, of a super-network."""
     return Widths(*(tuple(each) for each in zip(*(block.full for block in blocks_of(model)), strict=True)))
+
+
+def present_widths(model):
+    """The Widths that a super-network computes with now."""
+    return Widths(*zip(*((block.attn_width, block.mlp_width) for block in blocks_of(model)), strict=True))

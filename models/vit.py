@@ -51,6 +51,7 @@ class ModelSpec:
     def build(self, pretrained=False, **kwargs):
         """timm's model. Raises InputError for an unknown name, a model that cannot be cut, or a size it cannot have."""
         timm_name, arguments = self.timm_call()
+        fixed = ALIASES.get(self.name, (None, {}))[1]
         if not timm.is_model(timm_name):
             raise InputError(
                 f"--model {self.name}: neither one of {', '.join(ALIASES)} nor a timm name; "
@@ -62,6 +63,8 @@ class ModelSpec:
         except (TypeError, ValueError, AssertionError) as error:
             if pretrained:
                 raise
+            with torch.device("meta"):  # what cannot be cut at any size is told so
+                check_supported(timm.create_model(timm_name, **fixed), f"--model {self.name}: ")
             given = "" if self.img_size is None else f" --input_size {self.img_size}"
             raise InputError(f"--model {self.name}{given}: timm does not build it ({_first_line(error)})") from None
         check_supported(model, f"--model {self.name}: ")
@@ -164,11 +167,13 @@ def load_weights(model, state, source, replace_head=False):
     With ``replace_head`` a classifier of another size is left at its fresh initialisation. ``source`` is named in
     errors. Returns a list of remarks for the user. Raises InputError if names or shapes do not fit.
     """
-    try:
-        state = _timms_filter(model)(dict(state), model)
-    except Exception as error:  # it reshapes by name, and fails in whatever way another network's tensors make it
-        raise InputError(f"{source}: does not fit the model ({type(error).__name__}: {error})") from None
     own, remarks = model.state_dict(), []
+    # What fits as it is stays: timm's filters guess at older layouts, and weights without a classifier mislead some.
+    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
+        try:
+            state = _timms_filter(model)(dict(state), model)
+        except Exception as error:  # it reshapes by name, and fails in whatever way another network's tensors make it
+            raise InputError(f"{source}: does not fit the model ({type(error).__name__}: {error})") from None
     head, own_head = ({n: v for n, v in s.items() if n.startswith(("head.", "head_dist."))} for s in (state, own))
     if replace_head and {n: v.shape for n, v in head.items()} != {n: v.shape for n, v in own_head.items()}:
         was = f"has {classes_of(head)} classes" if classes_of(head) else "is not there"

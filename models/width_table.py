@@ -97,8 +97,9 @@ class WidthTable:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         return cls.from_json(text, path)
 
-    def check_fits(self, full, source):
-        """Raise InputError unless the table starts at the widths ``full`` of the model it is used with."""
+    def check_fits(self, full, whole, source):
+        """Raise InputError unless the table starts at the widths ``full`` of the model it is used with, and keeps all
+        or nothing of the branches that ``whole`` [2L] says can only go as a whole."""
         if self.steps[0] != full:
             depth, own = len(self.steps[0].attn), len(full.attn)
             what = f"{depth} blocks, the model {own}"
@@ -107,6 +108,13 @@ class WidthTable:
                 name, width, expected = next(pair for pair in pairs if pair[1] != pair[2])
                 what = f"width {width} for '{name}', the model {expected}"
             raise InputError(f"{source}: made for another model: its step 0 has {what}")
+        for step, widths in enumerate(self.steps):
+            for name, kept, most, one in zip(branch_names(len(full.attn)), widths.flat, full.flat, whole, strict=True):
+                if one and kept not in (0, most):
+                    raise InputError(
+                        f"{source}: '{name}' step {step} keeps {kept} of {most}; in this model it can only be kept "
+                        "whole or dropped"
+                    )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from families import FAMILIES, PLAIN, SWIN
+from families import FAMILIES, PLAIN, SWIN, Family
 from fvcore.nn import FlopCountAnalysis
+from timm.layers import RmsNorm
+from timm.models.vision_transformer import ResPostBlock
 
 import main_finetune_peeled
 import main_reparam
@@ -23,11 +25,12 @@ from models.cost import MATMULS, Shapes
 from models.kinds import ATTENTION, BLOCKS, MLPS, MODELS, TRANSFORMS
 from models.piad import Groups
 from models.statistics import OBJECTIVES, collect_statistics
-from models.subnetwork import load_subnetwork
+from models.subnetwork import load_subnetwork, narrow
 from models.supernet import as_stock, as_supernet, blocks_of, class_name, full_widths, set_widths
 from models.vit import ALIASES, ModelSpec, load_weights
 from models.width_table import Widths, WidthTable
 from models.wpac import reparameterise
+from utils import InputError
 
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -312,3 +315,31 @@ def test_every_kind_has_its_row_in_the_documentation():
     assert all(transform in text for transform in TRANSFORMS)
     for family in FAMILIES:
         assert family in text, f"no row names {family}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("branch", "kwargs"),
+    [(0, {"pre_norm": True, "norm_layer": RmsNorm}), (0, {"pos_embed": "none", "embed_norm_layer": RmsNorm}),
+     (1, {"block_fn": ResPostBlock, "norm_layer": RmsNorm})],
+)  # fmt: skip
+def test_a_mean_that_finds_no_bias_is_lost_and_nothing_else(branch, kwargs):
+    """Norms without a bias: what is cut computes what the super-network does without the branch."""
+    family = Family("vit_small_patch16_224", PLAIN | kwargs)
+    supernet, images = as_supernet(family.build().double()), images_of(family)
+    with torch.enable_grad():
+        memory = reparameterise(supernet, measured(family, supernet, hidden=True))
+    widths = Widths.from_flat([0 if b == branch else w for b, w in enumerate(full_widths(supernet).flat)])
+    network = compensate(peel.extract(supernet, widths), supernet, widths, memory)
+    set_widths(supernet, widths)
+    assert difference(supernet(images), network(images)) < 1e-12
+
+
+def test_a_table_that_cuts_into_what_goes_as_a_whole_is_refused(tmp_path):
+    family = FAMILIES["BEiT"]
+    shapes = Shapes.of(as_supernet(family.build()))
+    table = WidthTable([shapes.full, Widths((8, 16, 16), shapes.full.mlp)])
+    with pytest.raises(InputError, match=r"'0\.attn' step 1 keeps 8 of 16; in this model it can"):
+        table.check_fits(shapes.full, shapes.whole, "a test")
+    with pytest.raises(ValueError, match="can only be kept whole"):
+        narrow(family.build(), (8, 16, 16), shapes.full.mlp)

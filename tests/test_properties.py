@@ -83,7 +83,7 @@ def test_any_json_is_a_valid_table_or_refused(content):
     if table:
         assert_valid(table)
         assert WidthTable.from_json(table.to_json(), "x").steps == table.steps
-        refused_in_one_line(lambda: table.check_fits(FULL, "x"))
+        refused_in_one_line(lambda: table.check_fits(FULL, [False] * 6, "x"))
 
 
 @modest

@@ -62,9 +62,9 @@ def test_bad_tables_are_refused_with_the_reason(message):
 
 def test_a_table_of_another_model_is_refused():
     with pytest.raises(InputError, match="3 blocks, the model 2"):
-        TABLE.check_fits(Widths((16, 16), (192, 192)), "x")
+        TABLE.check_fits(Widths((16, 16), (192, 192)), [False] * 4, "x")
     with pytest.raises(InputError, match="another model"):
-        TABLE.check_fits(Widths((32,) * 3, (192,) * 3), "x")
+        TABLE.check_fits(Widths((32,) * 3, (192,) * 3), [False] * 6, "x")
 
 
 def test_a_budget_is_never_exceeded_and_the_largest_within_it_is_taken():
