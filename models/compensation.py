@@ -62,13 +62,18 @@ def remember(block, sums, attn_mean, attn_error, order=None):
     mlp_mean = weight @ hidden_mean + (0 if output.bias is None else output.bias.detach().double())
     if block.kind.post_norm:
         attn_mean, mlp_mean = (total[:-1] / total[-1].clamp(min=1) for total in (sums.attn_mean, sums.mlp_mean))
+    if block.parts[1].can("compensation"):
+        mlp_error = unit_errors(weight, factor, sums.mean_gram("mlp"))
+    else:  # nothing takes over what a unit did: to first order the objective changes by -g a
+        mlp_error = sums.hessian_mlp / sums.hidden.count
+        mlp_error = mlp_error if order is None else mlp_error[order]
     return BlockMemory(
         factor=factor,
         hidden_mean=hidden_mean,
         attn_mean=attn_mean,
         mlp_mean=mlp_mean,
         attn_error=attn_error,
-        mlp_error=unit_errors(weight, factor, sums.mean_gram("mlp")),
+        mlp_error=mlp_error,
     )
 
 

@@ -179,7 +179,7 @@ def reparameterise(model, statistics, basis="balanced", mlp_order="taylor", alon
         statistics: list of BlockStatistics from ``collect_statistics`` with moments, at full width.
         basis: 'pca' (paper) or 'balanced' (mean folding, output-aware V/O basis, balanced Q/K basis).
         mlp_order: order of the hidden units by 'taylor' (mean |g a|), 'hessian' (mean (g a)^2), or 'greedy': by what
-            compensation cannot predict from the units before (needs hidden moments).
+            compensation cannot predict from the units before (needs hidden moments; 'taylor' where there is none).
         alone: the branches, by their index in Widths.flat, whose weights stay as they are.
     Returns a list of L BlockMemory for compensation, or of None where the statistics have no hidden moments.
     """
@@ -189,7 +189,9 @@ def reparameterise(model, statistics, basis="balanced", mlp_order="taylor", alon
         if 2 * index + 1 in alone:
             order = torch.arange(block.mlp_width, device=sums.taylor_mlp.device)
         else:
-            order = hidden_order(block.output("mlp"), sums, mlp_order)
+            # The greedy order is one for compensation.
+            kind = "taylor" if mlp_order == "greedy" and not block.parts[1].can("compensation") else mlp_order
+            order = hidden_order(block.output("mlp"), sums, kind)
             _permute_hidden(block, order)
         results.append(remember(block, sums, attn_mean, attn_error, order) if sums.hidden else None)
     return results
