@@ -1,6 +1,7 @@
 """What stage 3 costs: the time of cutting a sub-network, at several widths and for tables of several lengths, and how
-its speed follows its MACs, with uniform widths and with those of a table grown by random importance. Random weights;
-prints one JSON object. Latencies of two threads on two cores need a machine with nothing else to do."""
+its speed follows its MACs, with uniform widths, with whole blocks gone, and with the widths of a table grown by random
+importance. Random weights; prints one JSON object. Latencies of two threads on two cores need a machine with nothing
+else to do."""
 
 import json
 import statistics
@@ -85,6 +86,11 @@ def speed(args, batch_size):
     many = {"full": full}
     for attn, mlp in ((0.5, 0.5), (0.5, 0.484375), (0.25, 0.625), (0.375, 0.3125), (0.25, 0.34375), (0.125, 0.4375)):
         many[f"uniform, {int(full.attn[0] * attn)} and {int(full.mlp[0] * mlp)}"] = uniform(full, attn, mlp)
+    for every in (2, 3):
+        kept = [index % every == 0 for index in range(len(full.attn))]
+        many[f"whole blocks, one of {every}"] = Widths(
+            *(tuple(w * k for w, k in zip(widths, kept, strict=True)) for widths in (full.attn, full.mlp))
+        )
     for share in (0.5, 1 / 3):
         many[f"table, {share:.3f} of the MACs"] = Budget("macs_ratio", share).choose(net.table, net.shapes).widths
     networks = [peel.extract(net.model, widths).to(device) for widths in many.values()]
