@@ -1,6 +1,7 @@
 """The kept widths of every block, the table of them (one entry for each step of the dropout list), and budgets."""
 
 import json
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from math import gcd
 from pathlib import Path
@@ -57,8 +58,10 @@ class WidthTable:
         return len(self.steps) - 1
 
     def first_within(self, cost, budget):
-        """The first (largest) step whose ``cost(widths)`` is at most ``budget``, or None if there is none."""
-        return next((step for step, widths in enumerate(self.steps) if cost(widths) <= budget), None)
+        """The first (largest) step whose ``cost(widths)`` is at most ``budget``, or None if there is none. Widths never
+        grow, and so no cost does: found by bisection."""
+        step = bisect_left(self.steps, -budget, key=lambda widths: -cost(widths))
+        return step if step < len(self.steps) else None
 
     def to_json(self):
         """The published layout of ``mask_table.json`` (one member per branch, one string key per step) plus meta."""
