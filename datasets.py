@@ -28,7 +28,7 @@ from torchvision import datasets as tv
 from torchvision import transforms as T
 
 import utils
-from utils import InputError
+from utils import InputError, first_line
 
 IMAGENET_LAYOUT = "expected {root}/train/<class>/*.JPEG, one folder for each class, and {root}/val/<class>/*.JPEG"
 # So many images in a row that cannot be read are no accident.
@@ -205,7 +205,7 @@ def load_images(args, train):
     try:
         dataset = create_dataset(args.data_set, root=args.data_path, split="train" if train else "validation")
     except Exception as error:  # timm's readers raise whatever their back ends do
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"--data_set {args.data_set} at {args.data_path}: neither one of {', '.join(DATA_SETS)} nor a data set "
             f"that timm's create_dataset can open ({reason})"
@@ -371,8 +371,7 @@ class TransformedDataset(Dataset):
                 image = as_rgb(image)
                 break
             except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
-                reason = str(error).split("\n")[0] or type(error).__name__
-                bad.append(BadImage(image_name(self.images, index), reason))
+                bad.append(BadImage(image_name(self.images, index), first_line(error)))
                 index = (index + 1) % len(self.images)
         else:
             return None, None, None, bad

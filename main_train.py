@@ -196,7 +196,6 @@ def main(args):
     table, groups = first_table(args, shapes), groups_of(args, model)
     if not args.mask_table:
         args.drop_ratio = reachable_drop_ratio(args, groups, shapes)
-        piad.check_reachable(groups, shapes.macs, shapes.macs(groups.full) * (1 - args.drop_ratio))
     unit_costs = measure_unit_costs(args, model, shapes, device)
     checkpoint, content = run.resume(output)
     if checkpoint:

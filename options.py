@@ -7,13 +7,14 @@ from timm.data import create_transform
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from models.piad import Groups
+from models.piad import Groups, check_reachable
 from models.supernet import blocks_of, full_widths
 from models.width_table import Widths
 from utils import (
     InputError,
     StageParser,
     device_name,
+    first_line,
     fraction,
     interval,
     non_negative_int,
@@ -93,12 +94,13 @@ def groups_of(args, model):
 def reachable_drop_ratio(args, groups, shapes):
     """``--drop_ratio``, or what the options of ``add_cutting_options`` leave of it, which is then said.
 
-    Raises InputError if they leave nothing to cut.
+    Raises InputError if they leave nothing to cut, or if the ratio is out of reach without them.
     """
     least = shapes.macs(groups.least) / shapes.macs(groups.full)
     if least == 1:
         raise InputError("--skip_blocks, --only and --min_width leave nothing to cut")
     if not any(groups.least.flat) or args.drop_ratio <= 1 - least:
+        check_reachable(groups, shapes.macs, shapes.macs(groups.full) * (1 - args.drop_ratio))
         return args.drop_ratio
     say(f"note: the smallest network that may be cut has {least:.3f} of the MACs: the width table ends there")
     # A little less: at its last step the table has lost no less than the ratio.
@@ -190,20 +192,18 @@ def check_training(args):
         parameters = [nn.Parameter(torch.zeros(1))]
         optimizer = create_optimizer_v2(parameters, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
     except Exception as error:  # an unknown name, a missing package, a rate that the optimiser refuses
-        raise InputError(f"--opt {args.opt}: {_reason(error)}; timm.optim.list_optimizers() names them all") from None
+        raise InputError(
+            f"--opt {args.opt}: {first_line(error)}; timm.optim.list_optimizers() names them all"
+        ) from None
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--opt {args.opt}: needs second derivatives, which are not computed; adamw does without")
     try:
         create_transform(32, is_training=True, auto_augment=args.aa or None)
     except Exception as error:  # timm's policy parser fails in whatever way the text makes it
         raise InputError(
-            f"--aa {args.aa}: not a policy of timm's ({_reason(error)}); rand-m9-mstd0.5-inc1, augmix-m3-w3, original "
-            "and v0 are some, '' is none"
+            f"--aa {args.aa}: not a policy of timm's ({first_line(error)}); rand-m9-mstd0.5-inc1, augmix-m3-w3, "
+            "original and v0 are some, '' is none"
         ) from None
-
-
-def _reason(error):
-    return str(error).split("\n")[0] or type(error).__name__
 
 
 def add_distillation_options(parser):

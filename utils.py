@@ -25,6 +25,11 @@ class InputError(ValueError):
     """A file, flag or value from the user that cannot be used; the message is the one line they see."""
 
 
+def first_line(error):
+    """What an exception says in one line: the first of its message, or else its kind."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and what is needed to go on has been saved."""
 

@@ -8,7 +8,7 @@ import torch
 from models.kinds import ATTENTION, BLOCKS, MLPS, MODELS, block_paths, parts_of
 from models.supernet import check_supported, class_name
 from models.vit import ALIASES
-from utils import InputError
+from utils import InputError, first_line
 
 
 def describe(name):
@@ -21,7 +21,7 @@ def describe(name):
     except InputError as error:
         return f"no: {str(error).split(';')[0]}"
     except Exception as error:  # whatever a model's constructor raises without memory for its weights
-        return f"no: timm does not build it without weights ({str(error).splitlines()[0]})"
+        return f"no: timm does not build it without weights ({first_line(error)})"
     blocks = [model.get_submodule(path) for path in block_paths(model)]
     kinds = {}
     for block in blocks:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.supernet import check_supported
-from utils import InputError
+from utils import InputError, first_line
 
 # Short names for the networks of the paper and for the two small ones that the data sets at hand can train.
 ALIASES = {
@@ -66,16 +66,12 @@ class ModelSpec:
             with torch.device("meta"):  # what cannot be cut at any size is told so
                 check_supported(timm.create_model(timm_name, **fixed), f"--model {self.name}: ")
             given = "" if self.img_size is None else f" --input_size {self.img_size}"
-            raise InputError(f"--model {self.name}{given}: timm does not build it ({_first_line(error)})") from None
+            raise InputError(f"--model {self.name}{given}: timm does not build it ({first_line(error)})") from None
         check_supported(model, f"--model {self.name}: ")
         patch = model.patch_embed.feat_ratio(as_scalar=True)
         if self.img_size is not None and self.img_size % patch:
             raise InputError(f"--input_size {self.img_size}: not a multiple of the model's patches of {patch} pixels")
         return model
-
-
-def _first_line(error):
-    return str(error).split("\n")[0] or type(error).__name__
 
 
 def image_shape(model):
