@@ -1,4 +1,4 @@
-"""Data sets by DeiT's names, their transforms, and loaders whose randomness does not depend on ranks or workers."""
+"""Data sets by DeiT's names, transforms, and loaders whose randomness does not depend on ranks or workers."""
 
 import gzip
 import itertools
@@ -30,7 +30,6 @@ from torchvision import transforms as T
 import utils
 from utils import InputError, first_line
 
-IMAGENET_LAYOUT = "expected {root}/train/<class>/*.JPEG, one folder for each class, and {root}/val/<class>/*.JPEG"
 # So many images in a row that cannot be read are no accident.
 BAD_IN_A_ROW = 100
 
@@ -39,10 +38,10 @@ BAD_IN_A_ROW = 100
 
 
 class ArrayDataset(Dataset):
-    """Grey images [N, h, w] uint8 and labels [N], given out as (RGB PIL image, int). Raises InputError if they do not
-    belong together; ``source`` is named."""
+    """Grey images [N, h, w] uint8 and labels [N], returned as (RGB PIL image, int). Raises InputError, which names
+    ``source``, if they do not belong together."""
 
-    def __init__(self, images, labels, classes, source):
+    def __init__(self, images, labels, source, classes=10):
         if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) >= classes:
             raise InputError(
                 f"{source}: images {images.shape} and labels {labels.shape} up to {labels.max(initial=0)}; expected as "
@@ -57,26 +56,36 @@ class ArrayDataset(Dataset):
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
 
 
-def _digits(root, train):
+class ListedDataset(Dataset):
+    """(RGB PIL image, class) for each (path, class) of ``samples``."""
+
+    def __init__(self, samples, classes):
+        self.samples, self.num_classes = samples, classes
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        return open_image(path), label
+
+
+def _digits(_root, train):
     """scikit-learn's 1,797 digits of 8 x 8 pixels; two thirds train, one third test, split once and for all."""
     from sklearn.datasets import load_digits  # a second to import, needed for this data set only
 
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     chosen = order[:1198] if train else order[1198:]
-    return ArrayDataset((digits.images[chosen] * (255 / 16)).astype(np.uint8), digits.target[chosen], 10, "DIGITS")
+    return ArrayDataset((digits.images[chosen] * (255 / 16)).astype(np.uint8), digits.target[chosen], "DIGITS")
 
 
 def _fashion_mnist(root, train):
-    """Fashion-MNIST from gzipped IDX files in ``root``, as Debian's dataset-fashion-mnist, or torchvision's."""
-    stem = "train" if train else "t10k"
-    files = [Path(root) / f"{stem}-images-idx3-ubyte.gz", Path(root) / f"{stem}-labels-idx1-ubyte.gz"]
+    """Gzipped IDX files in ``root``, as of Debian's dataset-fashion-mnist, or torchvision's layout."""
+    files = [root / f"{'train' if train else 't10k'}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1")]
     if all(file.is_file() for file in files):
-        return ArrayDataset(_idx(files[0]), _idx(files[1]), 10, files[0])
-    return _torchvision(
-        lambda: tv.FashionMNIST(root, train=train),
-        f"{root}: no Fashion-MNIST; expected {files[0].name} and {files[1].name}, or torchvision's FashionMNIST/raw/",
-    )
+        return ArrayDataset(*map(_idx, files), files[0])
+    return tv.FashionMNIST(root, train=train)
 
 
 def _idx(path):
@@ -89,130 +98,94 @@ def _idx(path):
         raise InputError(f"{path}: not a gzipped IDX file ({error})") from None
 
 
-def _imagenet(root, train):
-    folder, training = Path(root) / ("train" if train else "val"), Path(root) / "train"
-    dataset = _torchvision(
-        lambda: tv.ImageFolder(folder, loader=open_image),
-        f"{folder}: no class folders with images; {IMAGENET_LAYOUT.format(root=root)}",
-    )
-    if not train and training.is_dir():
-        _same_classes(
-            training, folder, [entry.name for entry in os.scandir(training) if entry.is_dir()], dataset.classes
+def _image_folder(root, train):
+    """Folders of classes. Both splits must have the same ones: labels are their positions in alphabetical order."""
+    training, folder = root / "train", root / ("train" if train else "val")
+    dataset = tv.ImageFolder(folder, loader=open_image)
+    expected = {e.name for e in os.scandir(training) if e.is_dir()} if training.is_dir() else {*dataset.classes}
+    for name in sorted(expected ^ {*dataset.classes}) if not train else ():
+        there, missing = (training, folder) if name in expected else (folder, training)
+        raise InputError(
+            f"{missing}: has no class folder '{name}', {there} has one; expected the same classes in both, "
+            f"here are {len(dataset.classes)} for evaluation and {len(expected)} for training"
         )
     return dataset
 
 
-def _same_classes(training, evaluation, expected, found):
-    """Raise InputError unless both folders have the same classes: labels are their positions in alphabetical order."""
-    for name in sorted({*expected} ^ {*found}):
-        there, missing = (training, evaluation) if name in expected else (evaluation, training)
-        raise InputError(
-            f"{missing}: has no class folder '{name}', {there} has one; expected the same classes in both, "
-            f"here are {len(found)} for evaluation and {len(expected)} for training"
-        )
-
-
-def _torchvision(make, complaint):
-    try:
-        return make()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{complaint} ({str(error).splitlines()[0]})") from None
-
-
-def _from_torchvision(cls, classes, folder, split_of):
-    """A loader for a torchvision data set that lies under ``root`` as torchvision's own download leaves it."""
-
-    def load(root, train):
-        dataset = _torchvision(
-            lambda: cls(root, **split_of(train)), f"{root}: no {cls.__name__}; expected {Path(root) / folder} in it"
-        )
-        dataset.num_classes = classes
-        return dataset
-
-    return load
-
-
 def _cub(root, train):
     """CUB-200-2011 as it is unpacked: class folders below images/, its own split in train_test_split.txt."""
-    folder = Path(root) / "CUB_200_2011"
-    try:
-        names, splits = (
-            dict(line.split() for line in (folder / file).read_text().splitlines())
-            for file in ("images.txt", "train_test_split.txt")
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{root}: no CUB-200-2011; expected {folder}/images.txt and beside it ({error})") from None
+    folder = root / "CUB_200_2011"
+    files = (folder / name for name in ("images.txt", "train_test_split.txt"))
+    names, splits = (dict(line.split() for line in file.read_text().splitlines()) for file in files)
     wanted = {str(folder / "images" / name) for key, name in names.items() if (splits.get(key) == "1") == train}
-    return _torchvision(
-        lambda: tv.ImageFolder(folder / "images", is_valid_file=wanted.__contains__),
-        f"{folder}/images: not all class folders have images that train_test_split.txt names",
-    )
-
-
-class _INaturalist(Dataset):
-    """One split of iNaturalist from its annotations, as in DeiT: (RGB PIL image, category)."""
-
-    def __init__(self, root, train, year):
-        content = json.loads((Path(root) / f"{'train' if train else 'val'}{year}.json").read_text())
-        files = {image["id"]: Path(root) / image["file_name"] for image in content["images"]}
-        self.num_classes = len(content["categories"])
-        self.items = [(files[each["image_id"]], each["category_id"]) for each in content["annotations"]]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        path, label = self.items[index]
-        return Image.open(path).convert("RGB"), label
+    return tv.ImageFolder(folder / "images", is_valid_file=wanted.__contains__)
 
 
 def _inaturalist(year):
+    """iNaturalist from the annotations of its competition, as in DeiT."""
+
     def load(root, train):
-        try:
-            return _INaturalist(root, train, year)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{root}: no iNaturalist {year}; expected train{year}.json and val{year}.json, which name the images "
-                f"({type(error).__name__}: {error})"
-            ) from None
+        content = json.loads((root / f"{'train' if train else 'val'}{year}.json").read_text())
+        files = {image["id"]: root / image["file_name"] for image in content["images"]}
+        samples = [(files[each["image_id"]], each["category_id"]) for each in content["annotations"]]
+        return ListedDataset(samples, len(content["categories"]))
 
     return load
 
 
+def _with_split(cls):
+    """A torchvision data set with a training and a test split."""
+    return lambda root, train: cls(root, split="train" if train else "test")
+
+
+# name: (function (folder, whether to train) -> data set, number of classes unless the data set knows it, what is
+# expected in the folder)
 DATA_SETS = {
-    "IMNET": _imagenet,
-    "CIFAR10": _from_torchvision(tv.CIFAR10, 10, "cifar-10-batches-py/", lambda train: {"train": train}),
-    "CIFAR": _from_torchvision(tv.CIFAR100, 100, "cifar-100-python/", lambda train: {"train": train}),
-    "FLOWERS": _from_torchvision(
-        tv.Flowers102, 102, "flowers-102/", lambda train: {"split": "train" if train else "test"}
-    ),
-    "CARS": _from_torchvision(
-        tv.StanfordCars, 196, "stanford_cars/", lambda train: {"split": "train" if train else "test"}
-    ),
-    "CUB": _cub,
-    "INAT": _inaturalist(2018),
-    "INAT19": _inaturalist(2019),
-    "FOOD": _from_torchvision(tv.Food101, 101, "food-101/", lambda train: {"split": "train" if train else "test"}),
-    "DIGITS": _digits,
-    "FASHION_MNIST": _fashion_mnist,
+    "IMNET": (_image_folder, None, "train/<class>/*.JPEG, one folder for each class, and val/<class>/*.JPEG"),
+    "CIFAR10": (lambda root, train: tv.CIFAR10(root, train=train), 10, "cifar-10-batches-py/"),
+    "CIFAR": (lambda root, train: tv.CIFAR100(root, train=train), 100, "cifar-100-python/"),
+    "FLOWERS": (_with_split(tv.Flowers102), 102, "flowers-102/"),
+    "CARS": (_with_split(tv.StanfordCars), 196, "stanford_cars/"),
+    "CUB": (_cub, None, "CUB_200_2011/ with images/, images.txt and train_test_split.txt"),
+    "INAT": (_inaturalist(2018), None, "train2018.json and val2018.json, which name the images"),
+    "INAT19": (_inaturalist(2019), None, "train2019.json and val2019.json, which name the images"),
+    "FOOD": (_with_split(tv.Food101), 101, "food-101/"),
+    "DIGITS": (_digits, None, "nothing"),
+    "FASHION_MNIST": (_fashion_mnist, 10, "its four *-ubyte.gz files, or torchvision's FashionMNIST/raw/"),
 }
 
 
 def load_images(args, train):
     """The images of ``args.data_set`` below ``args.data_path``, untransformed. Raises InputError if they are absent."""
-    if args.data_set in DATA_SETS:
-        return DATA_SETS[args.data_set](args.data_path, train)
+    if args.data_set not in DATA_SETS:
+        return _timms_data_set(args, train)
+    load, classes, expected = DATA_SETS[args.data_set]
+    try:
+        dataset = load(Path(args.data_path), train)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # whatever is missing or damaged there
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{args.data_path}: no {args.data_set}; expected {expected} ({reason})") from None
+    if classes:
+        dataset.num_classes = classes
+    return dataset
+
+
+def _timms_data_set(args, train):
     try:
         dataset = create_dataset(args.data_set, root=args.data_path, split="train" if train else "validation")
     except Exception as error:  # timm's readers raise whatever their back ends do
-        reason = first_line(error)
         raise InputError(
-            f"--data_set {args.data_set} at {args.data_path}: neither one of {', '.join(DATA_SETS)} nor a data set "
-            f"that timm's create_dataset can open ({reason})"
+            f"--data-set {args.data_set} at {args.data_path}: neither one of {', '.join(DATA_SETS)} nor a data set "
+            f"that timm's create_dataset can open ({first_line(error)})"
         ) from None
     if isinstance(dataset, IterableDataset):
-        raise InputError(f"--data_set {args.data_set}: a stream; supported are data sets with images by number")
-    return ReaderDataset(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
+        raise InputError(f"--data-set {args.data_set}: a stream; supported are data sets with images by number")
+    if isinstance(dataset, ImageDataset):
+        # timm's own ImageDataset answers with the next image when one cannot be read.
+        return ReaderDataset(dataset.reader)
+    return dataset
 
 
 def count_classes(dataset):
@@ -263,7 +236,7 @@ class ReaderDataset(Dataset):
 
 
 def image_name(images, index):
-    """The path of an image of a data set, or the best there is to find it by."""
+    """The path of an image of a data set, or its number if the data set does not know the path."""
     if isinstance(images, Subset):
         return image_name(images.dataset, images.indices[index])
     if hasattr(images, "samples"):
@@ -276,7 +249,7 @@ def image_name(images, index):
 
 @dataclass
 class BadImage:
-    """Stands for an image that cannot be read. Errors of loader processes arrive as tracebacks: this is passed on."""
+    """An image that cannot be read. Loader processes return it, because their errors would arrive as tracebacks."""
 
     name: str
     reason: str
@@ -286,7 +259,7 @@ class BadImage:
 
 
 def train_transform(args, config):
-    """DeiT's augmentation through timm; ``config`` has the model's img_size, mean and std."""
+    """DeiT's augmentation through timm. config: of ``data_config``."""
     size = config["img_size"]
     transform = create_transform(
         input_size=size,
@@ -295,10 +268,9 @@ def train_transform(args, config):
         hflip=args.hflip,
         color_jitter=args.color_jitter,
         auto_augment=args.aa or None,
-        interpolation=args.train_interpolation,
+        interpolation="bicubic",
         re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
+        re_mode="pixel",
         mean=config["mean"],
         std=config["std"],
     )
@@ -319,7 +291,8 @@ def _posterize(image, bits, **_):
 
 
 def eval_transform(args, config):
-    """DeiT's evaluation transform: resize by 1 / crop ratio, crop the centre; small images are resized alone."""
+    """DeiT's evaluation transform: resize by 1 / crop ratio, crop the centre. Images of up to 32 pixels are only
+    resized."""
     size = config["img_size"]
     resize = [T.Resize((size, size), T.InterpolationMode.BICUBIC)]
     if size > 32:
@@ -335,7 +308,7 @@ def data_config(model):
 
 
 def between_models(student, teacher):
-    """The transform of a batch [B, 3, h, w] made for the timm model ``student`` into one for ``teacher``."""
+    """The transform that turns a batch [B, 3, h, w] made for the timm model ``student`` into one for ``teacher``."""
     own, other = data_config(student), data_config(teacher)
     mean = [(m - n) / s for m, n, s in zip(other["mean"], own["mean"], own["std"], strict=True)]
     std = [s / t for s, t in zip(other["std"], own["std"], strict=True)]
@@ -349,11 +322,11 @@ def between_models(student, teacher):
 
 
 class TransformedDataset(Dataset):
-    """(transformed image, label, index, [BadImage ...]). An item asked for as (index, key) first seeds this process's
-    randomness from the key, so that an image's augmentation depends on nothing but the key.
+    """Items are (transformed image, label, index, [BadImage ...]).
 
-    An image that cannot be read is told in the last member. With ``replace`` the next one that can be stands in for
-    it, which depends on the files alone; without, or after BAD_IN_A_ROW, there is no image (None).
+    The index may be a pair (index, key). Then this process's randomness is seeded from the key first, so that the
+    augmentation of an image depends on the key alone. The last member lists images that could not be read. replace: the
+    next readable image takes their place; without it, or after BAD_IN_A_ROW of them, image, label and index are None.
     """
 
     def __init__(self, images, transform, replace=False):
@@ -391,12 +364,13 @@ def _collate(items):
 class ImageLoader:
     """Batches (images [B, 3, h, w], labels [B], indices [B]) of a TransformedDataset.
 
-    Raises InputError with the path of an image that cannot be read; with ``--skip_bad_images`` it is replaced by the
-    next one that can where all batches are of one size (``drop_last``), else left out; ``report_bad_images`` counts it.
+    An image that cannot be read is an InputError with its path. With ``--skip-bad-images`` it is counted, and replaced
+    by the next one that can be read if all batches must be of one size (``drop_last``), or else left out.
+    title: with one, every pass shows a progress bar of this name, and ends by reporting bad images.
     """
 
-    def __init__(self, images, transform, args, drop_last, **kwargs):
-        self.skip, self.sampler = args.skip_bad_images, kwargs["sampler"]
+    def __init__(self, images, transform, args, drop_last, title=None, **kwargs):
+        self.skip, self.sampler, self.title = args.skip_bad_images, kwargs["sampler"], title
         self.bad, self.seen, self.reported = {}, 0, set()
         self.loader = DataLoader(
             TransformedDataset(images, transform, replace=drop_last and self.skip), batch_size=args.batch_size,
@@ -409,21 +383,22 @@ class ImageLoader:
 
     def __iter__(self):
         self.bad, self.seen = {}, 0
-        for batch, bad in self.loader:
+        for batch, bad in utils.progress(self.loader, self.title) if self.title else self.loader:
             if bad and not self.skip:
-                raise InputError(f"{_in_words(bad[0])}; --skip_bad_images goes on without such images")
+                raise InputError(f"{_in_words(bad[0])}; --skip-bad-images goes on without such images")
             self.bad |= {image.name: image for image in bad}
             self.seen += len(batch[1]) if batch else 0
             if self.loader.drop_last and (not batch or len(batch[1]) < self.loader.batch_size):
                 raise InputError(f"{_in_words(bad[-1])}, and so are {BAD_IN_A_ROW} in a row: too many to go on")
             if batch:
                 yield batch
+        if self.title:
+            report_bad_images(self, self.title)
 
 
 def report_bad_images(loader, title):
-    """Say how many images of the last pass over ``loader`` could not be read, over all ranks, unless it said so last
-    time: six networks that are evaluated one after another are no reason for six lines. To be called by all ranks.
-    Raises InputError if there was nothing else."""
+    """Print how many images of the last pass over ``loader`` could not be read, over all ranks, unless they are those
+    of the last report. To be called by all ranks. Raises InputError if no image could be read."""
     if not isinstance(loader, ImageLoader) or not loader.skip:
         return
     passes = utils.gather((loader.bad, loader.seen))
@@ -433,7 +408,7 @@ def report_bad_images(loader, title):
     if bad and set(bad) != loader.reported:
         loader.reported = set(bad)
         names = ", ".join(sorted(bad)[:3]) + (", ..." if len(bad) > 3 else "")
-        utils.say(f"{title}: {len(bad)} image(s) could not be read and were skipped: {names}")
+        utils.print_once(f"{title}: {len(bad)} image(s) could not be read and were skipped: {names}")
 
 
 def _in_words(bad):
@@ -441,14 +416,14 @@ def _in_words(bad):
 
 
 class KeyedSampler:
-    """Gives (index, key) for each index of a DistributedSampler-like ``base``; the key is made of the seed, the epoch
-    and the position in the epoch's global order, so it is the same whatever the number of ranks and workers."""
+    """Yields (index, key) for each index of a DistributedSampler ``base``. The key is made of the seed, the epoch and
+    the position in the epoch's global order, so it does not depend on the number of ranks and workers."""
 
     def __init__(self, base, seed):
         self.base, self.seed, self.epoch, self.done = base, seed, 0, 0
 
     def set_epoch(self, epoch, done=0):
-        """Go through ``epoch`` next, without its first ``done`` images: those a resumed run has seen."""
+        """Go through ``epoch`` next, without its first ``done`` images, which a resumed run has seen."""
         self.epoch, self.done = epoch, done
         self.base.set_epoch(epoch)
 
@@ -457,7 +432,7 @@ class KeyedSampler:
 
     def __iter__(self):
         for position, index in itertools.islice(enumerate(self.base), self.done, None):
-            yield index, utils.key(self.seed, self.epoch, position * utils.world_size() + utils.rank())
+            yield index, utils.mixed_seed(self.seed, self.epoch, position * utils.world_size() + utils.rank())
 
 
 def train_loader(images, transform, args):
@@ -468,7 +443,7 @@ def train_loader(images, transform, args):
     else:
         base = DistributedSampler(images, shuffle=True, seed=args.seed, **place)
     if len(base) < args.batch_size:
-        raise InputError(f"--batch_size {args.batch_size} is more than the {len(base)} training images of one rank")
+        raise InputError(f"--batch-size {args.batch_size} is more than the {len(base)} training images of one rank")
     sampler, stay = KeyedSampler(base, args.seed), args.num_workers > 0
     return ImageLoader(images, transform, args, drop_last=True, sampler=sampler, persistent_workers=stay)
 
@@ -476,33 +451,25 @@ def train_loader(images, transform, args):
 def eval_loader(images, transform, args):
     """This rank's share of ``images`` in order, every image exactly once over all ranks."""
     share = Subset(images, range(utils.rank(), len(images), utils.world_size()))
-    return ImageLoader(share, transform, args, drop_last=False, sampler=SequentialSampler(share))
+    return ImageLoader(share, transform, args, drop_last=False, title="evaluate", sampler=SequentialSampler(share))
 
 
-def proxy_loader(images, transform, args, count):
-    """The proxy set: ``count`` training images chosen by the seed, sharded over ranks.
+def proxy_loader(images, transform, args, flag):
+    """The proxy set: training images chosen by the seed, sharded over ranks.
 
-    Batches are (images, labels, positions in the data set). Raises InputError if there are too few images.
+    flag: the option that says how many, 'proxy_samples' or 'calibrate'. Batches are (images, labels, positions in the
+    data set). Raises InputError if there are too few images.
     """
+    count = getattr(args, flag)
     if count > len(images):
-        raise InputError(
-            f"--proxy_samples or --calibrate: {count} proxy images asked for, the training set has {len(images)}"
-        )
+        raise InputError(f"--{flag.replace('_', '-')} {count}: the training set has {len(images)} images")
     order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
     share = order[utils.rank() :: utils.world_size()].tolist()
-    return ImageLoader(images, transform, args, drop_last=False, sampler=share)
+    return ImageLoader(images, transform, args, drop_last=False, title="proxy set", sampler=share)
 
 
 def make_mixup(args, classes):
     """timm's Mixup as the flags ask for it, or None."""
     if args.mixup <= 0 and args.cutmix <= 0:
         return None
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=classes,
-    )
+    return Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing, num_classes=classes)

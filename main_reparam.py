@@ -7,49 +7,114 @@ from pathlib import Path
 import torch
 
 import datasets
+import options
 import utils
-from models import piad, store
-from models.compensation import MEMORY_NAME, save_memory
-from models.cost import Shapes
-from models.statistics import OBJECTIVES, collect_statistics
-from models.supernet import as_supernet, blocks_of
-from models.vit import ModelSpec, default_num_classes, load_pretrained
-from models.width_table import WidthTable
-from models.wpac import reparameterise
-from options import (
-    add_cutting_options,
-    add_proxy_options,
-    groups_of,
-    left_alone,
-    reachable_drop_ratio,
-    stage_parser,
-    switch,
-)
-from utils import InputError, fraction, say
+from models.piad.dropout import steps_by_error
+from models.piad.width_table import TABLE_NAME, WidthTable
+from models.subnet.store import WEIGHTS_NAME
+from models.vit.cost import Costs
+from models.vit.pretrained import ModelSpec, default_num_classes, load_pretrained
+from models.vit.supernet import as_supernet, branches
+from models.wpac.compensation import COMPENSATION_NAME, compensation_of, save_compensation
+from models.wpac.rewrite import reparameterise
+from models.wpac.statistics import OBJECTIVES, collect_statistics
+from utils import InputError, print_once
 
-# The options that say how the weights came about.
+# The options that report.json repeats: they say how the weights were made.
 REPORTED = ("model", "input_size", "pretrained", "basis", "mlp_order", "objective", "proxy_samples", "seed")
-NAMES = ("attention", "MLP")
 # Largest difference of a full-width logit, relative to the largest logit, that float32 rounding may cause.
 TOLERANCE = 1e-4
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
-    add_proxy_options(parser)
-    add_cutting_options(parser)
-    group = parser.add_argument_group("reparameterisation")
-    group.add_argument("--pretrained", default=None, help="DeiT checkpoint, state dict or .safetensors; timm's hub")
-    group.add_argument("--basis", default="balanced", choices=["balanced", "pca"], help="pca is the paper's")
-    group.add_argument(
-        "--mlp_order",
+    parser = options.stage_parser(__doc__)
+    options.add_proxy_options(parser)
+    options.add_cutting_options(parser)
+    add = parser.add_argument_group("reparameterisation").add_argument
+    add("--pretrained", help="DeiT checkpoint, state dict or .safetensors (default: timm's hub)")
+    add("--basis", default="balanced", choices=["balanced", "pca"], help="pca is the paper's")
+    add(
+        "--mlp-order",
         choices=["greedy", "taylor", "hessian"],
-        help="order of hidden units; greedy, or taylor with --no_compensation",
+        help="order of hidden units (default: greedy, or taylor with --no-compensation)",
     )
-    switch(group, "compensation", True, "also write statistics.safetensors and mask_table.json, for cutting at once")
-    group.add_argument("--drop_ratio", type=fraction, default=0.875, help="share of MACs gone at the table's last step")
-    group.add_argument("--output_dir", default=None, help="output/reparam/<model>")
+    options.switch_off(
+        add, "compensation", f"do not write {COMPENSATION_NAME} and {TABLE_NAME}, which are for cutting at once"
+    )
+    add("--output-dir", help="folder of the files (default: output/reparam/<model>)")
+    parser.checks.append(check_options)
     return parser.parse_args(argv)
+
+
+def check_options(args):
+    """Fill in the order of hidden units. Raises InputError if it contradicts --no-compensation."""
+    if args.mlp_order == "greedy" and not args.compensation:
+        raise InputError("--mlp-order greedy needs what --no-compensation leaves out; use taylor")
+    if args.min_width and not args.compensation:
+        raise InputError(
+            "--min-width bounds the width table, which --no-compensation leaves out; give it to main_train.py"
+        )
+    args.mlp_order = args.mlp_order or ("greedy" if args.compensation else "taylor")
+
+
+def main(args):
+    device = utils.start_up(args)
+    images, original, spec = build_model(args)
+    output = utils.output_folder(args.output_dir or Path("output/reparam") / args.model)
+    transform = datasets.eval_transform(args, datasets.data_config(original))
+    proxy = datasets.proxy_loader(images, transform, args, "proxy_samples")
+    supernet = as_supernet(copy.deepcopy(original.to(device)))
+    units, costs, untouched = (
+        options.units_of(args, supernet),
+        Costs.of(supernet),
+        options.untouched_branches(args, supernet),
+    )
+    drop_ratio = options.reachable_drop_ratio(args, units, costs) if args.compensation else None
+    report_left_out(supernet)
+
+    print_once(f"measuring {args.model} on {args.proxy_samples} images ({args.objective} objective)")
+    objective = OBJECTIVES[args.objective]
+    statistics = collect_statistics(supernet, proxy, objective, hidden=args.compensation, amp=args.amp)
+    rewrites = reparameterise(supernet, statistics, args.basis, args.mlp_order, untouched)
+    difference = full_width_difference(original, supernet, proxy, device)
+    print_once(f"full-width logits differ by {difference:.1e} (tolerance {TOLERANCE:.0e})")
+    if not difference <= TOLERANCE:
+        raise InputError(f"--basis {args.basis} changes this network's output by {difference:.1e}: nothing was written")
+
+    report = {name: value for name, value in vars(args).items() if name in REPORTED}
+    report |= {"num_classes": spec.num_classes, "full_width_difference": difference}
+    utils.save_torch({name: value.cpu() for name, value in supernet.state_dict().items()}, output / WEIGHTS_NAME)
+    if args.compensation:
+        compensation = compensation_of(supernet, statistics, rewrites)
+        table = WidthTable(steps_by_error(compensation, units, costs, drop_ratio))
+        table.describe(spec, costs)
+        save_compensation(compensation, supernet, output / COMPENSATION_NAME)
+        table.save(output / TABLE_NAME)
+        report["errors"] = {str(b): c.errors.tolist() for b, c in zip(branches(supernet), compensation, strict=True)}
+        print_concentration(branches(supernet), report["errors"])
+    utils.save_text(json.dumps(report, indent=1), output / "report.json")
+    print_next(args, output)
+
+
+def build_model(args):
+    """(training images, the pre-trained network, its ModelSpec)."""
+    options.required_model(args)
+    images = datasets.load_images(args, train=True)
+    classes = args.nb_classes
+    if classes is None:
+        classes = datasets.count_classes(images) or default_num_classes(args.model)
+    if not classes and args.objective == "label":
+        raise InputError("--nb-classes 0: without a classifier there are no logits to measure; use --objective feature")
+    if args.objective == "label":
+        datasets.check_classes(images, classes, f"--nb-classes {args.nb_classes}")
+    spec = ModelSpec(args.model, classes, args.input_size)
+    with utils.name_flag("--model", "--pretrained"):
+        model, remarks = load_pretrained(spec, args.pretrained)
+    for remark in remarks:
+        print_once(f"note: {remark}")
+    if remarks and args.objective == "label":
+        print_once("note: the logits of a new classifier say nothing yet; --objective feature does without them")
+    return images, model, spec
 
 
 @torch.inference_mode()
@@ -64,110 +129,38 @@ def full_width_difference(original, rewritten, batches, device):
     return difference / max(logit, 1e-12)
 
 
-def build_model(args):
-    """The pre-trained network and its spec."""
-    if not args.model:
-        raise InputError("--model is required: vit_tiny, vit_small, vit_base, or a name of timm's (python -m models)")
-    images = datasets.load_images(args, train=True)
-    classes = args.nb_classes
-    if classes is None:
-        classes = datasets.count_classes(images) or default_num_classes(args.model)
-    if not classes and args.objective == "label":
-        raise InputError("--nb_classes 0: without a classifier there are no logits to measure; use --objective feature")
-    if args.objective == "label":
-        datasets.check_classes(images, classes, f"--nb_classes {args.nb_classes}")
-    spec = ModelSpec(args.model, classes, args.input_size)
-    model, remarks = load_pretrained(spec, args.pretrained)
-    for remark in remarks:
-        say(f"note: {remark}")
-    if remarks and args.objective == "label":
-        say("note: the logits of a new classifier say nothing yet; --objective feature does without them")
-    return images, model, spec
-
-
-def report_left_out(model):
-    """Say once for each kind of attention and MLP what is not done to it, and why."""
+def report_left_out(supernet):
+    """Print once for each class of attention and MLP what is not done to it, and why."""
     found = {}
-    for block in blocks_of(model):
-        for part, module in zip(block.parts, (block.attn, block.mlp), strict=True):
-            for transform, reason in part.left_out.items():
-                found.setdefault((type(module).__name__, reason), {})[transform] = None
+    for branch in branches(supernet):
+        for transform, reason in branch.part.left_out.items():
+            found.setdefault((type(branch.module).stock.__name__, reason), {})[transform.value] = None
     for (name, reason), transforms in found.items():
-        say(f"note: {name}: left out: {', '.join(transforms)} ({reason})")
+        print_once(f"note: {name}: left out: {', '.join(transforms)} ({reason})")
 
 
-def width_table(spec, memory, groups, shapes, drop_ratio):
-    """The table of a training-free super-network, grown in one go from the errors that dropping each unit leaves."""
-    table = WidthTable(piad.steps_by_error(memory, groups, shapes, drop_ratio))
-    table.meta = store.table_meta(spec, shapes, table)
-    return table
+def print_concentration(own, errors):
+    """Print how much of what each block carries sits in the first quarter of its dimensions."""
+    lines = {}
+    for branch in own:
+        values, name = errors[str(branch)], {"attn": "attention", "mlp": "MLP"}[branch.name]
+        share = sum(values[: len(values) // 4]) / max(sum(values), 1e-30)
+        lines.setdefault(branch.path, []).extend([] if branch.indivisible else [f"{share:.0%} ({name})"])
+    for index, held in enumerate(lines.values()):
+        print_once(f"block {index:2d}: first quarter of the dimensions holds {', '.join(held)}")
 
 
-def check_options(args):
-    """Fill in the order of hidden units. Raises InputError if it contradicts --no_compensation."""
-    if args.mlp_order == "greedy" and not args.compensation:
-        raise InputError("--mlp_order greedy needs the statistics that --no_compensation leaves out; use taylor")
-    if args.min_width and not args.compensation:
-        raise InputError(
-            "--min_width bounds the width table, which --no_compensation leaves out; give it to main_train.py"
-        )
-    args.mlp_order = args.mlp_order or ("greedy" if args.compensation else "taylor")
-
-
-def main(args):
-    check_options(args)
-    device = utils.start_up(args)
-    args.amp = utils.resolve_amp(args.amp, device)
-    images, model, spec = build_model(args)
-    output = utils.output_folder(args.output_dir or Path("output/reparam") / args.model)
-    transform = datasets.eval_transform(args, datasets.data_config(model))
-    loader = datasets.proxy_loader(images, transform, args, args.proxy_samples)
-    original = model.to(device)
-    model = as_supernet(copy.deepcopy(original))
-    groups, shapes = groups_of(args, model), Shapes.of(model)
-    if args.compensation:
-        args.drop_ratio = reachable_drop_ratio(args, groups, shapes)
-    report_left_out(model)
-
-    say(f"measuring {args.model} on {args.proxy_samples} images ({args.objective} objective)")
-    objective = OBJECTIVES[args.objective]
-    statistics = collect_statistics(model, loader, objective, device, hidden=args.compensation, amp=args.amp)
-    datasets.report_bad_images(loader, "proxy set")
-    alone = left_alone(args, 2 * len(statistics))
-    results = reparameterise(model, statistics, args.basis, args.mlp_order, alone)
-    difference = full_width_difference(original, model, loader, device)
-    say(f"full-width logits differ by {difference:.1e} (tolerance {TOLERANCE:.0e})")
-    if not difference <= TOLERANCE:
-        raise InputError(f"--basis {args.basis} changes this network's output by {difference:.1e}: nothing was written")
-
-    table = width_table(spec, results, groups, shapes, args.drop_ratio) if args.compensation else None
-    weights = output / store.WEIGHTS_NAME
-    utils.save_torch({name: value.cpu() for name, value in model.state_dict().items()}, weights)
-    report = {name: value for name, value in vars(args).items() if name in REPORTED}
-    report |= {"num_classes": spec.num_classes, "full_width_difference": difference}
-    if table:
-        save_memory(results, model, output / MEMORY_NAME)
-        utils.save_text(table.to_json(), output / store.TABLE_NAME)
-        report["errors"] = [{"attn": r.attn_error.tolist(), "mlp": r.mlp_error.tolist()} for r in results]
-        for index, (errors, block) in enumerate(zip(report["errors"], blocks_of(model), strict=True)):
-            say(f"block {index:2d}: {concentration(errors, block.parts)}")
-    utils.save_text(json.dumps(report, indent=1), output / "report.json")
-    tail = f"--data_set {args.data_set} --data_path {args.data_path}"
-    if args.compensation:
-        say(f"wrote {weights}, {MEMORY_NAME}, {store.TABLE_NAME} and report.json; to cut and test without training:")
-        say(f"  python main_test.py --checkpoint {output} {tail}")
-        if args.mlp_order == "greedy":
-            say("to train a super-network from here, use --mlp_order taylor: that order trains better")
-    else:
-        say(f"wrote {weights} and report.json; next:")
-        say(f"  python main_train.py --model {args.model} --pretrained {weights} {tail}")
-
-
-def concentration(errors, parts):
-    """How much of what a block carries sits in the first quarter of its dimensions, in words."""
-    shares = [sum(e[: len(e) // 4]) / max(sum(e), 1e-30) for e in (errors["attn"], errors["mlp"])]
-    held = [f"{share:.0%} ({name})" for share, name, part in zip(shares, NAMES, parts, strict=True) if not part.whole]
-    return f"first quarter of the dimensions holds {', '.join(held)}"
+def print_next(args, output):
+    """Print what was written, and the command that comes next."""
+    weights = output / WEIGHTS_NAME
+    if not args.compensation:
+        print_once(f"wrote {weights} and report.json; next:")
+        print_once(f"  python main_train.py --model {args.model} --pretrained {weights} {options.data_flags(args)}")
+        return
+    print_once(f"wrote {weights}, {COMPENSATION_NAME}, {TABLE_NAME} and report.json; to cut and test without training:")
+    print_once(f"  python main_test.py --checkpoint {output} {options.data_flags(args)}")
+    if args.mlp_order == "greedy":
+        print_once("to train a super-network from here, use --mlp-order taylor: that order trains better")
 
 
 if __name__ == "__main__":

@@ -3,71 +3,106 @@
 import copy
 from pathlib import Path
 
-import torch
-
 import datasets
+import options
 import utils
-from checkpoints import Run
-from engine import branch_removal, evaluate, fit, make_criterion
-from models import piad, store
-from models.cost import Shapes, measured_unit_costs
-from models.distillation import Distillation, load_teacher
-from models.statistics import OBJECTIVES, collect_statistics
-from models.supernet import as_supernet, set_widths
-from models.vit import ModelSpec, classes_of, load_weights, read_checkpoint
-from models.width_table import WidthTable
-from options import (
-    add_cutting_options,
-    add_distillation_options,
-    add_piad_options,
-    add_proxy_options,
-    add_training_options,
-    groups_of,
-    reachable_drop_ratio,
-    stage_parser,
-)
-from utils import InputError, RanksDisagree, human, say
-
-# The paper's recipe, and what replaced it where that won (docs/stage2.md).
-RECIPES = {
-    "paper": {"mask_table": "none", "sampling": "uniform"},
-    "ours": {"mask_table": "auto", "sampling": "uniform"},
-}
+from engine import evaluate, make_criterion, train_one_epoch
+from models.piad.distillation import Distillation, load_teacher
+from models.piad.dropout import DropoutList, Growth
+from models.piad.width_table import TABLE_NAME, WidthTable
+from models.subnet.store import WEIGHTS_NAME
+from models.vit.cost import Costs
+from models.vit.pretrained import ModelSpec, classes_of, load_weights, read_checkpoint
+from models.vit.supernet import as_supernet, set_widths
+from training import TrainingRun
+from utils import InputError, print_once, with_unit
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
-    add_proxy_options(parser)
-    add_training_options(parser, epochs=300, lr=5e-4, min_lr=1e-5, warmup_epochs=5)
-    add_distillation_options(parser)
-    add_piad_options(parser, list(RECIPES))
-    add_cutting_options(parser)
-    group = parser.add_argument_group("files")
-    group.add_argument("--pretrained", default=None, help="weights of stage 1; output/reparam/<model>/reparamed.pth")
-    group.add_argument("--output_dir", default=None, help="output/peelable/<model>")
-    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
+    parser = options.stage_parser(__doc__)
+    options.add_proxy_options(parser)
+    options.add_training_options(parser, epochs=300, lr=5e-4, min_lr=1e-5, warmup_epochs=5)
+    options.add_distillation_options(parser)
+    options.add_piad_options(parser)
+    options.add_cutting_options(parser)
+    add = parser.add_argument_group("files").add_argument
+    add("--pretrained", help="weights of stage 1 (default: output/reparam/<model>/reparamed.pth)")
+    add("--output-dir", help="folder of checkpoints and log (default: output/peelable/<model>)")
     return parser.parse_args(argv)
 
 
+def main(args):
+    device = utils.start_up(args)
+    supernet, spec, images, teacher = build(args, device)
+    output = utils.output_folder(args.output_dir or Path("output/peelable") / args.model)
+    config = datasets.data_config(supernet)
+    evaluation = datasets.eval_transform(args, config)
+    proxy = datasets.proxy_loader(images, evaluation, args, "proxy_samples")
+    train = datasets.train_loader(images, datasets.train_transform(args, config), args)
+    test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
+    mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
+    run, dropout = TrainingRun(supernet, args, device, len(train)), make_dropout(args, supernet)
+    checkpoint, content = run.resume(output)
+    if checkpoint:
+        dropout.restore(table_of(content, checkpoint, dropout.costs))
+    print_once(
+        f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
+        f"rank(s), learning rate {run.lr:.2e}, full network {with_unit(dropout.costs.macs(dropout.units.full))} MACs"
+    )
+
+    # Each checkpoint also holds the list of sub-networks, which is written beside it at the same time.
+    with run.files(output, lambda: {"mask_table": dropout.save(output / TABLE_NAME, spec)}):
+        for epoch in run.epochs():
+            dropout.grow(supernet, proxy, epoch)
+            train.sampler.set_epoch(epoch, run.images_done())
+            figures, score = train_one_epoch(run, train, criterion, epoch, mixup, teacher, dropout.draw), None
+            if run.evaluates(epoch):
+                accuracies, mean = evaluate_ends(run, dropout.table, test)
+                figures |= accuracies | {"steps": dropout.table.last}
+                # While the list grows, its smallest network is not yet small: only what comes after can be compared.
+                score = mean if dropout.complete else None
+            run.finish_epoch(figures, score)
+    print_once(f"wrote {output}/checkpoint_{args.epochs - 1}.pth and {TABLE_NAME}; next:")
+    print_once(f"  python main_test.py --checkpoint {output} {options.data_flags(args)}")
+
+
+def evaluate_ends(run, table, loader):
+    """Top-1 of the largest, the middle and the smallest sub-network, of the weights and of their average.
+
+    Returns ({'test_largest': ..., 'test_ema_largest': ..., ...}, score): the score is the mean top-1 over the three
+    sizes, of the weights or of their average, whichever is higher.
+    """
+    accuracies, means = {}, []
+    for prefix, network in (("test_", run.model), ("test_ema_", run.ema and run.ema.module)):
+        if network is None:
+            continue
+        for name, step in (("largest", 0), ("middle", table.last // 2), ("smallest", table.last)):
+            set_widths(network, table.steps[step])
+            accuracies[prefix + name] = evaluate(network, loader, run.device, run.args.amp)["top1"]
+        means.append(sum(accuracies[prefix + name] for name in ("largest", "middle", "smallest")) / 3)
+    return accuracies, max(means)
+
+
 def build(args, device):
-    """The super-network with its starting weights, its spec, the training images and the teacher, if any."""
-    if not args.model:
-        raise InputError("--model is required: vit_tiny, vit_small, vit_base, or a name of timm's (python -m models)")
-    args.pretrained = args.pretrained or f"output/reparam/{args.model}/reparamed.pth"
-    args.mask_table, path = complete_table(args), Path(args.pretrained)
+    """(super-network with its starting weights, its ModelSpec, training images, teacher or None)."""
+    options.required_model(args)
+    path = Path(args.pretrained or f"output/reparam/{args.model}/{WEIGHTS_NAME}")
+    # A string: checkpoints hold the arguments, and nothing but plain values.
+    args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path)
     if not path.is_file():
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
     state = read_checkpoint(path)["model"]
     classes = args.nb_classes or datasets.count_classes(images) or classes_of(state)
     if not classes:
-        raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb_classes")
-    datasets.check_classes(images, classes, f"--nb_classes {args.nb_classes}")
+        raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb-classes")
+    datasets.check_classes(images, classes, f"--nb-classes {args.nb_classes}")
     spec = ModelSpec(args.model, classes, args.input_size)
-    model = spec.build(drop_path_rate=args.drop_path)
+    with utils.name_flag("--model"):
+        model = spec.build(drop_path_rate=args.drop_path)
     remarks = load_weights(model, state, path, replace_head=True)
     for remark in remarks:
-        say(f"note: {remark}")
+        print_once(f"note: {remark}")
     teacher = make_teacher(args, model, remarks)
     if teacher and teacher.network:
         teacher.network.to(device)
@@ -81,152 +116,48 @@ def make_teacher(args, model, remarks):
         return None
     if kind == "inplace":
         if "largest" not in args.always:
-            raise InputError("--distillation_type inplace: its targets are the full network's; add --always largest")
+            raise InputError("--distillation-type inplace: its targets are the full network's; add --always largest")
         return Distillation(kind, alpha, tau)
     if args.teacher_model:
-        teacher = load_teacher(args.teacher_model, model.num_classes, args.teacher_path)
+        with utils.name_flag("--teacher-model", "--teacher-path"):
+            teacher = load_teacher(args.teacher_model, model.num_classes, args.teacher_path)
         return Distillation(kind, alpha, tau, teacher, datasets.between_models(model, teacher))
     if remarks:
-        raise InputError(f"--distillation_type {kind}: the classifier is new, so give --teacher_model")
+        raise InputError(f"--distillation-type {kind}: the classifier is new, so give --teacher-model")
     return Distillation(kind, alpha, tau, copy.deepcopy(model))
 
 
-def grow_table(model, table, shapes, loader, epoch, unit_costs, groups, args, device):
-    """Append to the dropout list what this epoch's target asks for, by importance at its present last step.
-
-    Raises RanksDisagree if the ranks do not arrive at the same list.
-    """
-    target = piad.target_cost(shapes.macs(table.steps[0]), args.drop_ratio, epoch, args.grow_epochs)
-    if args.mask_table or shapes.macs(table.steps[-1]) <= target:
-        return
-    set_widths(model, table.steps[-1])
-    value, without = branch_removal(model, loader, device, args.sensitivity, args.amp)
-    statistics = collect_statistics(model, loader, OBJECTIVES[args.objective], device, moments=False, amp=args.amp)
-    sign = -1 if args.sensitivity == "accuracy" else 1
-    gammas = piad.sensitivity(sign * value, [sign * v for v in without])
-    importance = piad.unit_importance(gammas, statistics, table.steps[-1], groups, unit_costs)
-    piad.grow(table.steps, importance, groups, shapes.macs, target)
-    if not utils.all_the_same(table.to_json()):
-        raise RanksDisagree(f"epoch {epoch}: the ranks grew different width tables; their data or weights must differ")
+def complete_table(mask_table, pretrained):
+    """The file of the complete table that ``--mask-table`` means, or None if the list is to grow."""
+    beside = pretrained.parent / TABLE_NAME
+    if mask_table == "auto":
+        return str(beside) if beside.is_file() else None
+    return None if mask_table == "none" else mask_table
 
 
-def make_draw(table, shapes, args):
-    """The function of the global step that names the sub-networks it trains: a list of Widths, the largest first."""
-    weights = piad.step_weights(args.sampling, [shapes.macs(widths) for widths in table.steps])
-    stream = (utils.rank(),) if args.subnet_per_rank else ()
-    always = {{"largest": 0, "smallest": table.last}[name] for name in args.always}
-
-    def draw(step):
-        drawn = piad.draw_step(weights, args.seed, step, *stream)
-        return [table.steps[index] for index in sorted(always | {drawn})]
-
-    return draw
-
-
-def complete_table(args):
-    """The file of the complete table that ``--mask_table`` means, or None where the list is to grow."""
-    beside = Path(args.pretrained).parent / store.TABLE_NAME
-    if args.mask_table == "none" or (args.mask_table == "auto" and not beside.is_file()):
-        return None
-    # A string: checkpoints hold the arguments, and nothing but plain values.
-    return str(beside) if args.mask_table == "auto" else args.mask_table
+def make_dropout(args, supernet):
+    """The DropoutList that the flags ask for: complete, or the full network alone, from which it grows."""
+    units, costs = options.units_of(args, supernet), Costs.of(supernet)
+    drawing = {"sampling": args.sampling, "always": args.always, "seed": args.seed}
+    drawing |= {"stream": (utils.rank(),) if args.subnet_per_rank else ()}
+    if args.mask_table:
+        table = WidthTable.load(args.mask_table)
+        table.check_fits(costs, args.mask_table)
+        print_once(f"training the {len(table.steps)} sub-networks of {args.mask_table} from the start")
+        return DropoutList(units, costs, table.steps, **drawing)
+    print_once(f"the list of sub-networks grows in {args.grow_epochs} epochs")
+    drop_ratio = options.reachable_drop_ratio(args, units, costs)
+    growth = Growth(args.grow_epochs, drop_ratio, args.sensitivity, args.objective, args.amp)
+    return DropoutList(units, costs, growth=growth, **drawing)
 
 
-def first_table(args, shapes):
-    """The width table that training starts with: the full network alone, or all of ``--mask_table``."""
-    if not args.mask_table:
-        say(f"the list of sub-networks grows in {args.grow_epochs} epochs")
-        return WidthTable([shapes.full])
-    table = WidthTable.load(args.mask_table)
-    table.check_fits(shapes.full, shapes.whole, args.mask_table)
-    say(f"training the {len(table.steps)} sub-networks of {args.mask_table} from the start")
-    return WidthTable(table.steps)
-
-
-def measure_unit_costs(args, model, shapes, device):
-    """What a dimension of all heads or a hidden unit of each branch costs, the same on all ranks: MACs or seconds."""
-    if args.importance_per == "macs":
-        return shapes.unit_costs()
-    seconds = torch.tensor(measured_unit_costs(model, args.batch_size, device), dtype=torch.float64, device=device)
-    return utils.all_reduce_max(seconds).tolist()
-
-
-def is_complete(table, shapes, args):
-    """Whether the dropout list will grow no further."""
-    smallest = piad.target_cost(shapes.macs(table.steps[0]), args.drop_ratio, args.grow_epochs, args.grow_epochs)
-    return bool(args.mask_table) or shapes.macs(table.steps[-1]) <= smallest
-
-
-def resumed_table(content, path, shapes):
-    """The table of the checkpoint ``content``, or beside it if it holds none, as published ones. Raises InputError."""
-    beside = path.parent / store.TABLE_NAME
-    table = WidthTable.from_json(content["mask_table"], path) if "mask_table" in content else WidthTable.load(beside)
-    table.check_fits(shapes.full, shapes.whole, path)
+def table_of(content, path, costs):
+    """The WidthTable of the checkpoint ``content``, or beside it if it holds none, as published ones. Raises
+    InputError."""
+    text, beside = content.get("mask_table"), path.parent / TABLE_NAME
+    table = WidthTable.from_json(text, path) if text else WidthTable.load(beside)
+    table.check_fits(costs, path)
     return table
-
-
-def evaluate_ends(run, table, loader):
-    """Top-1 of the largest, the middle and the smallest sub-network, of the weights and of their average.
-
-    Returns ({'test_largest': ..., 'test_ema_largest': ...}, the better of both means over the three sizes).
-    """
-    accuracies, means = {}, []
-    for prefix, network in (("test_", run.model), ("test_ema_", run.ema and run.ema.module)):
-        if network is None:
-            continue
-        for name, step in (("largest", 0), ("middle", table.last // 2), ("smallest", table.last)):
-            set_widths(network, table.steps[step])
-            accuracies[prefix + name] = evaluate(network, loader, run.device, run.args.amp)["top1"]
-        means.append(sum(accuracies[prefix + name] for name in ("largest", "middle", "smallest")) / 3)
-    return accuracies, max(means)
-
-
-def main(args):
-    device = utils.start_up(args)
-    args.amp = utils.resolve_amp(args.amp, device)
-    model, spec, images, teacher = build(args, device)
-    output = utils.output_folder(args.output_dir or Path("output/peelable") / args.model)
-    config = datasets.data_config(model)
-    evaluation = datasets.eval_transform(args, config)
-    proxy = datasets.proxy_loader(images, evaluation, args, args.proxy_samples)
-    train = datasets.train_loader(images, datasets.train_transform(args, config), args)
-    test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
-    mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
-    run, shapes = Run(model, args, device, len(train)), Shapes.of(model)
-    table, groups = first_table(args, shapes), groups_of(args, model)
-    if not args.mask_table:
-        args.drop_ratio = reachable_drop_ratio(args, groups, shapes)
-    unit_costs = measure_unit_costs(args, model, shapes, device)
-    checkpoint, content = run.resume(output)
-    if checkpoint:
-        table = resumed_table(content, checkpoint, shapes)
-        # Checkpoints of a time when only plain ViTs could be cut have one pair for all blocks.
-        saved = list(content.get("unit_costs", unit_costs))
-        unit_costs = saved if len(saved) == len(unit_costs) else saved * shapes.depth
-    say(
-        f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
-        f"rank(s), learning rate {run.lr:.2e}, full network {human(shapes.macs(table.steps[0]))} MACs"
-    )
-
-    def draw_of(epoch):
-        grow_table(model, table, shapes, proxy, epoch, unit_costs, groups, args, device)
-        return make_draw(table, shapes, args)
-
-    def score():
-        accuracies, mean = evaluate_ends(run, table, test)
-        # While the list grows, its smallest network is not yet small: only what comes after can be compared.
-        return accuracies | {"steps": table.last}, mean if is_complete(table, shapes, args) else None
-
-    def extra():
-        """What the checkpoint of a super-network holds besides; the table goes beside it as well."""
-        table.meta = store.table_meta(spec, shapes, table)
-        text = table.to_json()
-        utils.save_text(text, output / store.TABLE_NAME)
-        return {"mask_table": text, "unit_costs": unit_costs}
-
-    fit(run, train, criterion, output, score, mixup, teacher, draw_of, extra)
-    say(f"wrote {output}/checkpoint_{args.epochs - 1}.pth and {store.TABLE_NAME}; next:")
-    say(f"  python main_test.py --checkpoint {output} --data_set {args.data_set} --data_path {args.data_path}")
 
 
 if __name__ == "__main__":

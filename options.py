@@ -1,15 +1,26 @@
-"""Command-line options that several stages share, with DeiT's names and defaults."""
+"""Command-line options that several stages share, with DeiT's names and defaults, and what they mean."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from models.piad import Groups, check_reachable
-from models.supernet import blocks_of, full_widths
-from models.width_table import Widths
+import datasets
+import utils
+from models.piad.dropout import check_reachable
+from models.piad.importance import Units
+from models.piad.width_table import TABLE_NAME
+from models.subnet import store
+from models.subnet.budget import BUDGET_KINDS, Budget
+from models.subnet.latency import REPEATS, WARM_UP, LatencyTable
+from models.vit.supernet import branches, full_widths
+from models.vit.widths import Widths
+from models.wpac.calibration import calibrate
+from models.wpac.statistics import OBJECTIVES
 from utils import (
     InputError,
     StageParser,
@@ -19,175 +30,164 @@ from utils import (
     interval,
     non_negative_int,
     positive_int,
+    print_once,
     probability,
     quantity,
-    say,
 )
 
 # timm's, less those that wait for an accuracy or do nothing.
 SCHEDULERS = ["cosine", "tanh", "step", "multistep", "poly"]
+MODEL_HELP = "vit_tiny, vit_small, vit_base, or a name of timm's (python -m models)"
+
+# ------------------------------------------------------------------------------------------ every stage
 
 
 def stage_parser(description):
-    """A parser with the options of every stage: model, data, device."""
+    """A parser with the options of every stage: model, data, machine."""
     parser = StageParser(description=description)
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", default=None, help="vit_tiny, vit_small, vit_base, or a name of timm's (python -m models)"
-    )
-    group.add_argument("--input_size", type=positive_int, default=None, help="image size in pixels; the model's own")
-    group.add_argument(
-        "--nb_classes", type=non_negative_int, default=None, help="classes, 0 for no classifier; those of the data set"
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="data", help="folder of the data set")
-    group.add_argument(
-        "--data_set", default="IMNET",
-        help="IMNET, CIFAR10, CIFAR (100), FLOWERS, FOOD, CARS, CUB, INAT (2018), INAT19, DIGITS, FASHION_MNIST, or a "
-        "name for timm's create_dataset",
-    )  # fmt: skip
-    group.add_argument("--batch_size", type=positive_int, default=64, help="images per rank and step")
-    group.add_argument(
-        "--eval_crop_ratio", type=interval("[0.1, 1]"), default=0.875, help="centre crop / resized image"
-    )
-    group.add_argument(
-        "--num_workers", type=interval("[0, 1024]", int), default=10, help="data loading processes per rank"
-    )
-    group.add_argument("--skip_bad_images", action="store_true", help="go on without images that cannot be read")
-    switch(group, "pin_mem", True, "pin memory for faster copies to the GPU")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", type=device_name, default="auto", help="auto, cpu or cuda")
-    group.add_argument("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="autocast type")
-    group.add_argument("--seed", type=interval("[0, 4294967295]", int), default=0, help="seed of everything random")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help=MODEL_HELP)
+    add("--input-size", type=positive_int, help="image size in pixels (default: the model's own)")
+    add("--nb-classes", type=non_negative_int, help="classes, 0 for no classifier (default: those of the data set)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", default="data", help="folder of the data set")
+    add("--data-set", default="IMNET", help=f"{', '.join(datasets.DATA_SETS)}, or a name for timm's create_dataset")
+    add("--batch-size", type=positive_int, default=64, help="images per rank and step")
+    add("--eval-crop-ratio", type=interval("[0.1, 1]"), default=0.875, help="centre crop / resized image")
+    add("--num-workers", type=interval("[0, 1024]", int), default=10, help="data loading processes per rank")
+    add("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
+    switch_off(add, "pin-mem", "do not pin memory for faster copies to the GPU")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", type=device_name, default="auto", help="auto, cpu or cuda")
+    add("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="autocast type")
+    add("--seed", type=interval("[0, 4294967295]", int), default=0, help="seed of everything random")
     return parser
 
 
-def switch(group, name, default, help):
-    """DeiT's pairs of flags: --name and --no_name."""
-    group.add_argument(f"--{name}", action="store_true", default=default, help=help)
-    group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default)
+def switch_off(add, name, help):
+    """The flag --no-<name>, which sets the option <name>, True without it, to False."""
+    add(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=help)
+
+
+def required_model(args):
+    """Raise InputError without --model."""
+    if not args.model:
+        raise InputError(f"--model is required: {MODEL_HELP}")
+
+
+def data_flags(args):
+    """The flags that give the next stage the same data."""
+    return f"--data-set {args.data_set} --data-path {args.data_path}"
+
+
+# ------------------------------------------------------------------------------------------ what may be cut
 
 
 def add_cutting_options(parser):
-    group = parser.add_argument_group("what may be cut")
-    group.add_argument(
-        "--skip_blocks", type=non_negative_int, nargs="+", default=[], metavar="B", help="blocks to leave as they are"
-    )
-    group.add_argument("--only", choices=["attn", "mlp"], help="leave the other branches as they are")
-    group.add_argument(
-        "--min_width", type=interval("[0, 1]"), default=0.0, help="share of its full width that every branch keeps"
-    )
+    add = parser.add_argument_group("what may be cut").add_argument
+    add("--skip-blocks", type=non_negative_int, nargs="+", default=[], metavar="B", help="blocks to leave as they are")
+    add("--only", choices=["attn", "mlp"], help="leave the other branches as they are")
+    add("--min-width", type=interval("[0, 1]"), default=0.0, help="share of its full width that every branch keeps")
+    add("--drop-ratio", type=fraction, default=0.875, help="share of the MACs gone at the last step of the width table")
 
 
-def groups_of(args, model):
-    """The droppable units of a super-network, as the options of ``add_cutting_options`` leave them."""
-    full, parts = full_widths(model), [part for block in blocks_of(model) for part in block.parts]
+def untouched_branches(args, supernet):
+    """The branches, by their index in Widths.flat, that ``--skip-blocks`` and ``--only`` leave as they are.
+
+    Raises InputError for a block that is not there.
+    """
+    own = branches(supernet)
+    paths = list(dict.fromkeys(branch.path for branch in own))
     for block in args.skip_blocks:
-        if block >= len(full.attn):
-            raise InputError(f"--skip_blocks {block}: the model has blocks 0 to {len(full.attn) - 1}")
-    least = [math.ceil(args.min_width * width) for width in full.flat]
-    for branch in left_alone(args, len(least)):
-        least[branch] = full.flat[branch]
-    return Groups.of(full, [part.whole for part in parts], Widths.from_flat(least))
+        if block >= len(paths):
+            raise InputError(f"--skip-blocks {block}: the model has blocks 0 to {len(paths) - 1}")
+    skipped = {paths[block] for block in args.skip_blocks}
+    return {b for b, x in enumerate(own) if x.path in skipped or args.only not in (None, x.name)}
 
 
-def reachable_drop_ratio(args, groups, shapes):
-    """``--drop_ratio``, or what the options of ``add_cutting_options`` leave of it, which is then said.
+def units_of(args, supernet):
+    """The droppable Units of a super-network, as the options of ``add_cutting_options`` leave them."""
+    full, untouched = full_widths(supernet), untouched_branches(args, supernet)
+    least = [w if b in untouched else math.ceil(args.min_width * w) for b, w in enumerate(full.flat)]
+    return Units.of(full, [branch.indivisible for branch in branches(supernet)], Widths.from_flat(least))
+
+
+def reachable_drop_ratio(args, units, costs):
+    """``--drop-ratio``, or what the other options of ``add_cutting_options`` leave of it, which is then printed.
 
     Raises InputError if they leave nothing to cut, or if the ratio is out of reach without them.
     """
-    least = shapes.macs(groups.least) / shapes.macs(groups.full)
+    least = costs.macs(units.least) / costs.macs(units.full)
     if least == 1:
-        raise InputError("--skip_blocks, --only and --min_width leave nothing to cut")
-    if not any(groups.least.flat) or args.drop_ratio <= 1 - least:
-        check_reachable(groups, shapes.macs, shapes.macs(groups.full) * (1 - args.drop_ratio))
+        raise InputError("--skip-blocks, --only and --min-width leave nothing to cut")
+    if not any(units.least.flat) or args.drop_ratio <= 1 - least:
+        try:
+            check_reachable(units, costs.macs, costs.macs(units.full) * (1 - args.drop_ratio))
+        except InputError as error:
+            raise InputError(f"--drop-ratio {args.drop_ratio:g}: {error}") from None
         return args.drop_ratio
-    say(f"note: the smallest network that may be cut has {least:.3f} of the MACs: the width table ends there")
+    print_once(f"note: the smallest network that may be cut has {least:.3f} of the MACs: the width table ends there")
     # A little less: at its last step the table has lost no less than the ratio.
     return (1 - least) * (1 - 1e-12)
 
 
-def left_alone(args, branches):
-    """The branches, by their index in Widths.flat, that ``--skip_blocks`` and ``--only`` leave as they are."""
-    other = {None: (), "attn": (1,), "mlp": (0,)}[args.only]
-    return {b for b in range(branches) if b // 2 in args.skip_blocks or b % 2 in other}
+# ------------------------------------------------------------------------------------------ stages 1 and 2
 
 
 def add_proxy_options(parser):
-    group = parser.add_argument_group("proxy set")
-    group.add_argument("--proxy_samples", type=positive_int, default=1024, help="training images that are measured on")
-    group.add_argument(
-        "--objective", default="label", choices=["label", "feature"],
-        help="what gradients are taken of: the true class's logit, or (no labels needed) the pooled feature",
-    )  # fmt: skip
+    add = parser.add_argument_group("proxy set").add_argument
+    add("--proxy-samples", type=positive_int, default=1024, help="training images that are measured on")
+    wanted = "gradients are of the true class's logit, or (no labels needed) of the pooled feature"
+    add("--objective", default="label", choices=list(OBJECTIVES), help=wanted)
 
 
 def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training set")
-    group.add_argument("--opt", default="adamw", help="a timm optimiser")
-    group.add_argument("--lr", type=interval("(0, inf)"), default=lr, help="learning rate for a batch of 512 images")
-    group.add_argument("--unscale_lr", action="store_true", help="take --lr as it is, whatever the batch")
-    group.add_argument("--weight_decay", type=interval("[0, inf)"), default=0.05)
-    group.add_argument("--accum_iter", type=positive_int, default=1, help="batches whose gradients make one update")
-    group.add_argument(
-        "--clip_grad", type=interval("(0, inf)"), default=None, help="largest gradient norm; None for no clipping"
-    )
-    group.add_argument("--sched", default="cosine", choices=SCHEDULERS, help="a timm scheduler")
-    group.add_argument("--warmup_epochs", type=non_negative_int, default=warmup_epochs)
-    group.add_argument("--warmup_lr", type=interval("[0, inf)"), default=1e-6)
-    group.add_argument("--min_lr", type=interval("[0, inf)"), default=min_lr)
-    group.add_argument("--drop_path", type=interval("[0, 1)"), default=0.1, help="largest stochastic depth rate")
-    switch(group, "model_ema", True, "keep averaged weights")
-    group.add_argument("--model_ema_decay", type=interval("[0, 1)"), default=0.99996, help="decay per step")
-    group = parser.add_argument_group("augmentation")
-    group.add_argument("--scale", type=fraction, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
-    group.add_argument("--hflip", type=probability, default=0.5, help="probability of a horizontal flip")
-    group.add_argument("--color_jitter", type=interval("[0, inf)"), default=0.3)
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy; '' for none")
-    group.add_argument("--smoothing", type=interval("[0, 1)"), default=0.1, help="label smoothing")
-    group.add_argument("--train_interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"])
-    switch(group, "repeated_aug", True, "three augmentations of a third of the images per epoch")
-    group.add_argument("--reprob", type=probability, default=0.25, help="probability of random erasing")
-    group.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
-    group.add_argument("--recount", type=positive_int, default=1)
-    group.add_argument("--mixup", type=interval("[0, inf)"), default=0.8, help="alpha; 0 for none")
-    group.add_argument("--cutmix", type=interval("[0, inf)"), default=1.0, help="alpha; 0 for none")
-    group.add_argument("--mixup_prob", type=probability, default=1.0)
-    group.add_argument("--mixup_switch_prob", type=probability, default=0.5)
-    group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--resume",
-        default=None,
-        help="a checkpoint of this stage to go on from; auto: the newest in --output_dir, if any",
-    )
-    group.add_argument("--keep_last", type=positive_int, default=2, help="checkpoints to keep, beside the best")
-    group.add_argument(
-        "--save_every_steps",
-        type=non_negative_int,
-        default=0,
-        help="updates between checkpoints within an epoch; 0: none",
-    )
-    group.add_argument(
-        "--skip_nonfinite", type=non_negative_int, default=0, help="updates to leave out for a loss that is not finite"
-    )
-    group.add_argument("--eval_period", type=positive_int, default=1, help="epochs between two evaluations")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive_int, default=epochs, help="passes over the training set")
+    add("--opt", default="adamw", help="a timm optimiser")
+    add("--lr", type=interval("(0, inf)"), default=lr, help="learning rate for a batch of 512 images")
+    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch")
+    add("--weight-decay", type=interval("[0, inf)"), default=0.05, help="of the optimiser")
+    add("--accum-iter", type=positive_int, default=1, help="batches whose gradients make one update")
+    add("--clip-grad", type=interval("(0, inf)"), help="largest gradient norm (default: gradients are not clipped)")
+    add("--sched", default="cosine", choices=SCHEDULERS, help="a timm scheduler")
+    add("--warmup-epochs", type=non_negative_int, default=warmup_epochs, help="epochs in which the rate rises to --lr")
+    add("--warmup-lr", type=interval("[0, inf)"), default=1e-6, help="learning rate of the first epoch")
+    add("--min-lr", type=interval("[0, inf)"), default=min_lr, help="learning rate at the end")
+    add("--drop-path", type=interval("[0, 1)"), default=0.1, help="largest stochastic depth rate")
+    switch_off(add, "model-ema", "do not keep averaged weights")
+    add("--model-ema-decay", type=interval("[0, 1)"), default=0.99996, help="decay per step")
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--scale", type=fraction, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
+    add("--hflip", type=probability, default=0.5, help="probability of a horizontal flip")
+    add("--color-jitter", type=interval("[0, inf)"), default=0.3, help="strength; 0 for none")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy; '' for none")
+    add("--smoothing", type=interval("[0, 1)"), default=0.1, help="label smoothing")
+    switch_off(add, "repeated-aug", "one augmentation of every image per epoch, not three of a third of them")
+    add("--reprob", type=probability, default=0.25, help="probability of random erasing")
+    add("--mixup", type=interval("[0, inf)"), default=0.8, help="alpha; 0 for none")
+    add("--cutmix", type=interval("[0, inf)"), default=1.0, help="alpha; 0 for none")
+    add = parser.add_argument_group("run").add_argument
+    add("--resume", help="a checkpoint of this stage to go on from; auto: the newest in --output-dir, if any")
+    add("--keep-last", type=positive_int, default=2, help="checkpoints to keep, beside the best")
+    add("--save-every-steps", type=non_negative_int, default=0, help="updates between checkpoints within an epoch")
+    add("--skip-nonfinite", type=non_negative_int, default=0, help="updates to leave out for a loss that is not finite")
+    add("--eval-period", type=positive_int, default=1, help="epochs between two evaluations")
     parser.checks.append(check_training)
 
 
 def check_training(args):
     """Raise InputError if the training options contradict each other, or name what timm does not have."""
     if args.nb_classes == 0:
-        raise InputError("--nb_classes 0: training needs a classifier; give the number of classes, or leave it out")
+        raise InputError("--nb-classes 0: training needs a classifier; give the number of classes, or leave it out")
     if args.warmup_epochs > args.epochs:
-        raise InputError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+        raise InputError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.min_lr > args.lr:
-        raise InputError(f"--min_lr {args.min_lr:g} is more than --lr {args.lr:g}, from which the rate falls to it")
+        raise InputError(f"--min-lr {args.min_lr:g} is more than --lr {args.lr:g}, from which the rate falls to it")
     if args.scale[0] > args.scale[1]:
         raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the smaller share of the area comes first")
     if args.batch_size == 1 and (args.mixup > 0 or args.cutmix > 0):
-        raise InputError("--batch_size 1: mixup and cutmix pair images; take at least 2, or --mixup 0 --cutmix 0")
+        raise InputError("--batch-size 1: mixup and cutmix pair images; take at least 2, or --mixup 0 --cutmix 0")
     try:
         parameters = [nn.Parameter(torch.zeros(1))]
         optimizer = create_optimizer_v2(parameters, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
@@ -207,89 +207,134 @@ def check_training(args):
 
 
 def add_distillation_options(parser):
-    group = parser.add_argument_group("distillation")
-    group.add_argument(
-        "--distillation_type", default="none", choices=["none", "soft", "hard", "inplace"],
-        help="targets beside the labels: of a frozen teacher, or of the full network of the same step",
-    )  # fmt: skip
-    group.add_argument("--distillation_alpha", type=fraction, default=0.5, help="share of the teacher in the loss")
-    group.add_argument("--distillation_tau", type=interval("(0, inf)"), default=1.0, help="temperature of soft targets")
-    group.add_argument("--teacher_model", default=None, help="any timm model; the starting network itself")
-    group.add_argument("--teacher_path", default=None, help="weights of --teacher_model; timm's hub")
+    add = parser.add_argument_group("distillation").add_argument
+    kinds = ["none", "soft", "hard", "inplace"]
+    add("--distillation-type", default="none", choices=kinds, help="inplace: the full network of the same step teaches")
+    add("--distillation-alpha", type=fraction, default=0.5, help="share of the teacher in the loss")
+    add("--distillation-tau", type=interval("(0, inf)"), default=1.0, help="temperature of soft targets")
+    add("--teacher-model", help="any timm model (default: the starting network itself)")
+    add("--teacher-path", help="weights of --teacher-model (default: timm's hub)")
     parser.checks.append(check_distillation)
 
 
 def check_distillation(args):
     """Raise InputError if there is a teacher and no use for it."""
     if args.teacher_model and args.distillation_type not in ("soft", "hard"):
-        raise InputError(f"--teacher_model {args.teacher_model}: add --distillation_type soft or hard")
+        raise InputError(f"--teacher-model {args.teacher_model}: add --distillation-type soft or hard")
     if args.teacher_path and not args.teacher_model:
-        raise InputError(f"--teacher_path {args.teacher_path}: add the --teacher_model that the weights are of")
+        raise InputError(f"--teacher-path {args.teacher_path}: add the --teacher-model that the weights are of")
 
 
-def add_piad_options(parser, recipes):
-    group = parser.add_argument_group("progressive importance-aware dropout")
-    group.add_argument(
-        "--recipe", default="ours", choices=recipes,
-        help="defaults of --mask_table and --sampling; flags given beside it win",
-    )  # fmt: skip
-    group.add_argument(
-        "--mask_table",
-        help="train all of this table from the start; auto: the one beside --pretrained, if any; none: grow a list",
-    )
-    group.add_argument("--grow_epochs", type=positive_int, default=50, help="epochs in which the list grows")
-    group.add_argument("--drop_ratio", type=fraction, default=0.875, help="share of MACs gone at the last step")
-    group.add_argument(
-        "--sensitivity", default="cost", choices=["cost", "accuracy"], help="what the removal of a branch is judged by"
-    )
-    group.add_argument(
-        "--importance_per", default="macs", choices=["macs", "latency"],
-        help="what a unit's importance is divided by: its MACs, or its seconds measured on this device at the start",
-    )  # fmt: skip
-    group.add_argument(
-        "--sampling", choices=["uniform", "macs", "ends"], help="which step of the list a training step draws"
-    )
-    group.add_argument(
-        "--always", nargs="*", default=[], choices=["largest", "smallest"],
-        help="sub-networks that every step trains beside the drawn one; both make a sandwich",
-    )  # fmt: skip
-    switch(group, "subnet_per_rank", False, "each rank draws its own sub-network")
+def add_piad_options(parser):
+    add = parser.add_argument_group("progressive importance-aware dropout").add_argument
+    words = "width table to train; auto: the one beside --pretrained, if any; none: a list that grows, as in the paper"
+    add("--mask-table", default="auto", help=words)
+    add("--grow-epochs", type=positive_int, default=50, help="epochs in which the list grows")
+    add("--sensitivity", default="cost", choices=["cost", "accuracy"], help="what the removal of a branch is judged by")
+    add("--sampling", default="uniform", choices=["uniform", "macs", "ends"], help="how steps of the list are drawn")
+    words = "sub-networks that every training step trains beside the drawn one"
+    add("--always", nargs="*", default=[], choices=["largest", "smallest"], help=words)
+    add("--subnet-per-rank", action="store_true", help="each rank draws its own sub-network")
+
+
+# ------------------------------------------------------------------------------------------ stages 3 and 4
 
 
 def add_budget_options(parser, several):
     nargs = "+" if several else None
-    group = parser.add_argument_group("super-network and budget: the largest sub-network within it is taken")
-    group.add_argument(
-        "--checkpoint", default=None,
-        help="super-network folder (checkpoint_N.pth and mask_table.json) or file, or a sub-network; "
-        "output/peelable/<model>",
-    )  # fmt: skip
-    group.add_argument("--mask_table", default=None, help="width table; mask_table.json beside the checkpoint")
-    group.add_argument("--use_ema", action="store_true", help="the averaged weights instead of the last ones")
-    switch(
-        group, "compensate", None, "fold what is cut off into what stays, by the statistics beside the weights; if any"
-    )
-    group.add_argument("--statistics", default=None, help="statistics of stage 1; statistics.safetensors beside them")
-    group.add_argument(
-        "--calibrate",
-        type=positive_int,
-        default=None,
-        metavar="N",
-        help="refit each sub-network block by block on N training images; their labels are not used",
-    )
-    group.add_argument("--op_code", type=interval("[-1, inf)", int), nargs=nargs, help="step of the width table")
-    group.add_argument("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
-    group.add_argument("--macs_ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")
-    group.add_argument("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")
-    group.add_argument(
-        "--latency_ms", type=quantity, nargs=nargs, help="milliseconds per batch, measured on this device"
-    )
-    group.add_argument(
-        "--latency_device", default=None,
-        help="where latency counts: cpu, cuda, or a latency_*.json that --benchmark wrote elsewhere; that of --device",
-    )  # fmt: skip
-    group.add_argument("--latency_batch_size", type=positive_int, default=1, help="images per batch for latencies")
-    group.add_argument(
-        "--finer", action="store_true",
-        help="use what a budget leaves for widths between two steps of the table, which were not trained as such",
-    )  # fmt: skip
+    add = parser.add_argument_group("super-network and budget: the largest sub-network within it is taken").add_argument
+    words = "folder or file of a super-network or sub-network (default: output/peelable/<model>)"
+    add("--checkpoint", help=words)
+    add("--mask-table", help="width table (default: mask_table.json beside the checkpoint)")
+    add("--use-ema", action="store_true", help="the averaged weights instead of the last ones")
+    words = "what folding needs (default: compensation.safetensors beside the checkpoint, if it is there)"
+    add("--compensation", metavar="FILE", help=words)
+    add("--no-compensation", dest="compensate", action="store_false", default=None, help="cut plain slices")
+    words = "refit each sub-network block by block on N training images; labels are not used"
+    add("--calibrate", type=positive_int, metavar="N", help=words)
+    add("--op-code", type=interval("[-1, inf)", int), nargs=nargs, help="step of the width table")
+    add("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
+    add("--macs-ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")
+    add("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")
+    add("--latency-ms", type=quantity, nargs=nargs, help="milliseconds per batch, measured on this device")
+    add("--latency-device", help="cpu, cuda, or a latency_*.json that --benchmark wrote elsewhere (default: --device)")
+    add("--latency-batch-size", type=positive_int, default=1, help="images per batch for latencies")
+    add("--finer", action="store_true", help="use what a budget leaves for widths between two steps of the table")
+
+
+def checkpoint_path(args):
+    """The checkpoint file that ``--checkpoint`` (folder or file) or ``--model`` point to. Raises InputError."""
+    if not args.checkpoint and not args.model:
+        raise InputError("give --checkpoint FOLDER, or --model for output/peelable/<model>/")
+    path = Path(args.checkpoint or f"output/peelable/{args.model}")
+    if not path.exists():
+        raise InputError(f"{path}: no such folder or file; expected checkpoint_N.pth and {TABLE_NAME} in it")
+    return store.newest_checkpoint(path) if path.is_dir() else path
+
+
+def load(args, **kwargs):
+    """The SuperNetwork that the options of ``add_budget_options`` name. kwargs go to timm. Raises InputError."""
+    names = ("model", "input_size", "mask_table", "use_ema", "compensation", "compensate")
+    path = checkpoint_path(args)
+    with utils.name_flag("--model"):
+        loaded = store.load_supernet(path, **{name: getattr(args, name) for name in names}, **kwargs)
+    if loaded.one_size:
+        for budget in budgets(args):
+            raise InputError(f"{budget}: {path} is one sub-network of one size; budgets need the super-network")
+        if args.calibrate:
+            raise InputError(f"--calibrate {args.calibrate}: {path} is one sub-network; this needs the super-network")
+    return loaded
+
+
+def budgets(args):
+    """The Budgets on the command line, in the order of the flags."""
+    kinds = (*BUDGET_KINDS, "latency_ms")
+    return [Budget(kind, value) for kind in kinds for value in _as_list(getattr(args, kind))]
+
+
+def _as_list(value):
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def choose(loaded, asked, args, device):
+    """The Choice of every Budget: computed, or for a 'latency_ms' one measured on ``--latency-device``."""
+    latencies = None
+    if any(budget.kind == "latency_ms" for budget in asked):
+        latencies = LatencyTable.load(args.latency_device) if _is_file(args) else latency_table(loaded, args, device)
+    return [
+        latencies.choose(budget, loaded.table)
+        if budget.kind == "latency_ms"
+        else budget.choose(loaded.table, loaded.costs, args.finer)
+        for budget in asked
+    ]
+
+
+def benchmark(loaded, choices, args, device):
+    """The same Choices with their latencies, measured in turns."""
+    if _is_file(args):
+        raise InputError(f"--benchmark measures: --latency-device {args.latency_device} must be cpu or cuda")
+    milliseconds = latency_table(loaded, args, device).measure([choice.widths for choice in choices])
+    return [replace(choice, latency_ms=ms) for choice, ms in zip(choices, milliseconds, strict=True)]
+
+
+def latency_table(loaded, args, device):
+    """The LatencyTable for the command line's device, batch size and autocast; prints what it measures on."""
+    place = utils.choose_device(args.latency_device or str(device), "--latency-device")
+    amp = args.amp if place.type == device.type else utils.resolve_amp("auto", place)
+    latencies = LatencyTable.beside(loaded, place, args.latency_batch_size, amp)
+    print_once(f"latencies: {latencies.conditions}; median of {REPEATS} after {WARM_UP}; kept in {latencies.path}")
+    return latencies
+
+
+def _is_file(args):
+    return (args.latency_device or "").endswith(".json")
+
+
+def cut(loaded, widths, args, device):
+    """The sub-network of ``widths``, calibrated on training images if ``--calibrate`` asks for it."""
+    subnet = loaded.cut(widths)
+    if not args.calibrate:
+        return subnet
+    images, config = datasets.load_images(args, train=True), datasets.data_config(subnet)
+    batches = list(datasets.proxy_loader(images, datasets.eval_transform(args, config), args, "calibrate"))
+    return calibrate(subnet.to(device), loaded.supernet.to(device), batches, OBJECTIVES["feature"])

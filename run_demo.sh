@@ -24,7 +24,7 @@ $PYTHON main_train.py $DATA $RECIPE --pretrained $OUTPUT/start/reparamed.pth --e
     --eval-period 20 --output-dir $OUTPUT/supernet
 echo "== stage 3: sub-networks of the same widths, from the original, the reparameterised and the trained weights"
 for weights in pretrain/pretrained.pth start/reparamed.pth supernet; do
-    $PYTHON main_test.py $DATA --no-compensate --checkpoint $OUTPUT/$weights --mask-table $OUTPUT/supernet/mask_table.json $LADDER \
+    $PYTHON main_test.py $DATA --no-compensation --checkpoint $OUTPUT/$weights --mask-table $OUTPUT/supernet/mask_table.json $LADDER \
         --output-dir $OUTPUT/test/$(dirname $weights/x | cut -d/ -f1)
 done
 echo "== stage 4: fine-tune one sub-network"

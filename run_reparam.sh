@@ -14,7 +14,7 @@ BASIS=${BASIS:-balanced}          # pca for the paper's
 for model in $MODELS; do
     # DeiT's weights: a downloaded file in output/pretrained/ if there is one, else timm's hub.
     file=$OUTPUT/pretrained/$model.pth
-    $PYTHON -m torch.distributed.run --standalone --nproc_per_node=$GPUS main_reparam.py --model $model \
+    $PYTHON -m torch.distributed.run --standalone --nproc-per-node=$GPUS main_reparam.py --model $model \
         --data-path $DATA --basis $BASIS --proxy-samples 1024 --mlp-order taylor --output-dir $OUTPUT/reparam/$model \
         $([ -f $file ] && echo --pretrained $file) "$@"
 done

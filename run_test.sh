@@ -9,6 +9,6 @@ OUTPUT=${OUTPUT:-output}
 PYTHON=${PYTHON:-python3}
 
 for model in $MODELS; do
-    $PYTHON -m torch.distributed.run --standalone --nproc_per_node=$GPUS main_test.py --model $model \
+    $PYTHON -m torch.distributed.run --standalone --nproc-per-node=$GPUS main_test.py --model $model \
         --data-path $DATA --checkpoint $OUTPUT/peelable/$model --output-dir $OUTPUT/test/$model "$@"
 done

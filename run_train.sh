@@ -1,6 +1,6 @@
 #!/bin/sh
 # Stage 2 on ImageNet: 300 epochs for Ti and S, 150 for B, the list growing in the first 50. A run that was stopped goes
-# on when the script is started again. The paper's recipe: sh run_train.sh --recipe paper
+# on when the script is started again. The paper's list, which grows: sh run_train.sh --mask-table none
 # Several machines: NODES=4 NODE_RANK=0..3 MASTER=host:port, the same on each but for the rank.
 set -e
 cd "$(dirname "$0")"
@@ -17,8 +17,8 @@ MASTER=${MASTER:-localhost:29500}
 for model in $MODELS; do
     epochs=300
     [ $model = vit_base ] && epochs=150
-    $PYTHON -m torch.distributed.run --nnodes=$NODES --node_rank=$NODE_RANK --nproc_per_node=$GPUS \
-        --master_addr=${MASTER%:*} --master_port=${MASTER#*:} main_train.py --model $model --data-path $DATA \
+    $PYTHON -m torch.distributed.run --nnodes=$NODES --node-rank=$NODE_RANK --nproc-per-node=$GPUS \
+        --master-addr=${MASTER%:*} --master-port=${MASTER#*:} main_train.py --model $model --data-path $DATA \
         --pretrained $OUTPUT/reparam/$model/reparamed.pth --batch-size $BATCH --epochs $epochs --warmup-epochs 0 \
         --grow-epochs 50 --drop-ratio 0.875 --proxy-samples 1024 --resume auto \
         --output-dir $OUTPUT/peelable/$model "$@"

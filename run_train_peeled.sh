@@ -11,7 +11,7 @@ BATCH=${BATCH:-128}               # per GPU; the learning rate follows the total
 RATIO=${RATIO:-0.5}               # share of the full network's MACs
 
 for model in $MODELS; do
-    $PYTHON -m torch.distributed.run --standalone --nproc_per_node=$GPUS main_finetune_peeled.py --model $model \
+    $PYTHON -m torch.distributed.run --standalone --nproc-per-node=$GPUS main_finetune_peeled.py --model $model \
         --data-path $DATA --checkpoint $OUTPUT/peelable/$model --macs-ratio $RATIO --batch-size $BATCH \
         --epochs 30 --lr 5e-5 --min-lr 1e-6 --resume auto \
         --output-dir $OUTPUT/finetune/$model-$RATIO "$@"

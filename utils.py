@@ -1,4 +1,4 @@
-"""Start-up, ranks, keyed randomness, command lines and whole files: what every stage shares."""
+"""What every stage shares: errors, command lines, signals, devices and ranks, randomness, files."""
 
 import argparse
 import hashlib
@@ -22,11 +22,32 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """A file, flag or value from the user that cannot be used; the message is the one line they see."""
+    """A file, flag or value from the user that cannot be used. The message is the one line that the user sees."""
+
+
+class ModelError(InputError):
+    """A model that does not exist, cannot be cut, or has no published weights. The message begins with its name.
+
+    needs_file: a file of weights would do instead.
+    """
+
+    def __init__(self, message, needs_file=False):
+        super().__init__(message)
+        self.needs_file = needs_file
+
+
+@contextmanager
+def name_flag(flag, file_flag=None):
+    """Put ``flag`` in front of a ModelError about its value, and name the flag that takes a file of weights."""
+    try:
+        yield
+    except ModelError as error:
+        instead = f"; give a file of weights with {file_flag}" if error.needs_file and file_flag else ""
+        raise InputError(f"{flag} {error}{instead}") from None
 
 
 def first_line(error):
-    """What an exception says in one line: the first of its message, or else its kind."""
+    """The first line of an exception's message, or its class if there is none."""
     return str(error).split("\n")[0] or type(error).__name__
 
 
@@ -35,21 +56,31 @@ class Interrupted(Exception):
 
 
 class RanksDisagree(RuntimeError):
-    """Ranks that must hold the same thing do not; the message is the one line the user sees."""
+    """Ranks that must hold the same thing do not. The message is the one line that the user sees."""
 
 
 # ------------------------------------------------------------------------------------------ command lines
 
 
-class StageParser(argparse.ArgumentParser):
-    """An ArgumentParser that reads ``--batch-size`` (DeiT's spelling) and ``--batch_size`` alike.
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds an option's default to its help, if there is one and the help does not say it."""
 
-    ``checks``: functions of the parsed arguments that raise InputError where flags contradict each other. Whatever is
-    wrong with a command line becomes one line and exit code 2.
+    def _get_help_string(self, action):
+        says_it = "(default:" in action.help or isinstance(action.default, bool) or action.default in (None, [])
+        return action.help if says_it else super()._get_help_string(action)
+
+
+class StageParser(argparse.ArgumentParser):
+    """An ArgumentParser that reads underscores in flags as dashes.
+
+    checks: functions of the parsed arguments that raise InputError if flags contradict each other. Whatever is wrong
+    with a command line becomes one line and exit code 2.
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(
+            *args, formatter_class=_HelpFormatter, allow_abbrev=False, usage="%(prog)s [--option value ...]", **kwargs
+        )
         self.checks = []
 
     def parse_args(self, args=None, namespace=None):
@@ -66,14 +97,15 @@ class StageParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_underscored(word) for word in words], namespace)
+        return super().parse_known_args([dashed(word) for word in words], namespace)
 
 
-def _underscored(word):
+def dashed(word):
+    """A word of a command line: a flag in its one spelling, ``--batch-size``, anything else as it is."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+    return name.replace("_", "-") + equals + value
 
 
 def interval(bounds, kind=float):
@@ -121,26 +153,26 @@ def device_name(text):
     return text
 
 
-def human(value):
-    """A count with three or four significant digits and a unit, as the paper prints it: 16.88 G, 897.0 M."""
+def with_unit(value):
+    """A count with two decimals and a unit, as the paper prints it: 16.88 G, 897.00 M."""
     for unit, factor in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if value >= factor:
             return f"{value / factor:.2f} {unit}"
     return f"{value:.0f}"
 
 
-def say_table(lines):
-    """Print rows of words in columns, the first one to the left and the others to the right."""
+def print_table(lines):
+    """Print rows of words in columns, the first to the left and the others to the right."""
     lengths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for first, *others in lines:
         words = [word.rjust(length) for word, length in zip(others, lengths[1:], strict=True)]
-        say("  ".join([first.ljust(lengths[0]), *words]))
+        print_once("  ".join([first.ljust(lengths[0]), *words]))
 
 
 def run_stage(main, args):
-    """Run ``main(args)``; bad input, a loss gone bad or ranks gone apart become one line and exit code 2.
+    """Run ``main(args)``. Bad input, a loss that is not finite or ranks that disagree become one line and exit code 2.
 
-    A run that SIGTERM or SIGUSR1 (Slurm's warning) has stopped ends with exit code 75, "try again".
+    A run that was stopped by SIGTERM or SIGUSR1 (Slurm's warning) ends with exit code 75, "try again".
     """
     try:
         main(args)
@@ -163,7 +195,7 @@ _signals = []
 
 
 def catch_signals():
-    """From now on SIGTERM and SIGUSR1 are noted, for ``stopping``, and end nothing by themselves."""
+    """From now on SIGTERM and SIGUSR1 end nothing by themselves: they are noted, for ``stopping``."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _frame: _signals.append(number))
 
@@ -174,8 +206,11 @@ def stopping():
 
 
 def progress(batches, title, done=0, stoppable=True):
-    """``batches`` behind a progress bar, on the main rank, ``done`` of them before. A signal ends it with Interrupted,
-    unless it is not ``stoppable``: training ends a step first, on all ranks together."""
+    """Go through ``batches`` with a progress bar on the main rank.
+
+    done: batches that went before. stoppable: whether a signal raises Interrupted here. Training says no: it finishes
+    a step first, on all ranks together.
+    """
     disable = None if is_main() else True
     for batch in tqdm(batches, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done):
         if stoppable and stopping():
@@ -193,11 +228,11 @@ def restore_signals(_worker=None):
 
 
 def start_up(args):
-    """Choose the device, join the process group if torchrun or Slurm started us, and seed the process.
+    """Choose device and autocast, join the process group if torchrun or Slurm started this process, and seed it.
 
     ``args.device`` is ``auto``, ``cpu`` or ``cuda[:i]``; with several ranks each takes the GPU of its local rank. Sets
-    ``args.rank`` and ``args.world_size``.
-    Returns the torch.device. Raises InputError if CUDA is asked for and absent, and what ``_join_ranks`` raises.
+    ``args.rank`` and ``args.world_size``, and resolves ``args.amp``. Returns the torch.device. Raises InputError if
+    CUDA is asked for and absent, and what ``_join_ranks`` and ``resolve_amp`` raise.
     """
     device = choose_device(args.device, "--device")
     local_rank, args.rank, args.world_size = 0, 0, 1
@@ -208,18 +243,20 @@ def start_up(args):
     if device.index is not None:
         torch.cuda.set_device(device)
     args.device = str(device)
+    if hasattr(args, "amp"):
+        args.amp = resolve_amp(args.amp, device)
     seed_all(args.seed, 0, args.rank)
     return device
 
 
 def _join_ranks(backend, rank, world_size):
-    """Make the process group, of ranks that torchrun has started or started again, or Slurm.
+    """Make the process group of the ranks that torchrun or Slurm has started.
 
-    torchrun's agent serves one key-value store to all lives of the ranks. A rank that starts again would find in it the
-    addresses of the life before and wait for connections to ports that nobody listens on. Each life therefore gets a
-    part of its own, named by torchrun's count of restarts. Agents of several machines do not count alike (a restart for
-    another machine's sake is not counted), but can be told to open a new store for each life.
-    Raises InputError if several agents may restart with one store.
+    torchrun's agent serves one key-value store to all lives of the ranks. A rank that starts again would find there the
+    addresses of the life before, and wait for ports that nobody listens on. So each life gets a part of the store of
+    its own, named by torchrun's count of restarts. The agents of several machines do not count alike (a restart for
+    another machine's sake is not counted), but can be told to open a new store for each life. Raises InputError if
+    several agents may restart with one store.
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
@@ -286,7 +323,7 @@ def all_the_same(text):
 
 
 def from_main(compute):
-    """What ``compute()`` gives on the main rank, on every rank; only the main one computes."""
+    """The result of ``compute()``, which only the main rank calls, on every rank."""
     results = [compute() if is_main() else None]
     if is_distributed():
         dist.broadcast_object_list(results)
@@ -294,7 +331,7 @@ def from_main(compute):
 
 
 def gather(thing):
-    """What every rank gave, any picklable thing, as a list by rank. To be called by all ranks."""
+    """A picklable ``thing`` of every rank, as a list by rank. To be called by all ranks."""
     things = [thing]
     if is_distributed():
         things = [None] * world_size()
@@ -307,7 +344,7 @@ def barrier():
         dist.barrier()
 
 
-def say(*words):
+def print_once(*words):
     """Print on the main rank only."""
     if is_main():
         print(*words, flush=True)
@@ -316,14 +353,14 @@ def say(*words):
 # ------------------------------------------------------------------------------------------ randomness
 
 
-def key(*numbers):
-    """A 63-bit seed that depends on all the given non-negative integers, the same on every machine and rank."""
+def mixed_seed(*numbers):
+    """A 63-bit seed made of all the given non-negative integers, the same on every machine and rank."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_all(*numbers):
     """Seed Python, NumPy and torch from the given integers."""
-    seed = key(*numbers)
+    seed = mixed_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -331,7 +368,7 @@ def seed_all(*numbers):
 
 def keyed_generator(*numbers):
     """A CPU torch.Generator seeded from the given integers."""
-    return torch.Generator().manual_seed(key(*numbers))
+    return torch.Generator().manual_seed(mixed_seed(*numbers))
 
 
 # ------------------------------------------------------------------------------------------ autocast
@@ -345,7 +382,7 @@ def autocast(device, amp):
 
 
 def resolve_amp(amp, device):
-    """``auto`` is bf16 on a GPU that has it, fp16 on an older one, and none on a CPU."""
+    """The autocast type: ``auto`` is bf16 on a GPU that has it, fp16 on an older one, and none on a CPU."""
     if amp != "auto":
         if amp == "fp16" and device.type == "cpu":
             raise InputError("--amp fp16 needs a GPU; on a CPU use none or bf16")
@@ -359,10 +396,10 @@ def resolve_amp(amp, device):
 
 
 @contextmanager
-def whole_file(path):
-    """Yield a temporary path beside ``path``; on success flush it and rename it, else remove it.
+def atomic_file(path):
+    """Yield a temporary path beside ``path``. On success it is flushed and renamed to ``path``, else removed.
 
-    Raises InputError if the file system refuses: it is full, or read-only.
+    Raises InputError if the file system refuses, for example because it is full or read-only.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -385,13 +422,13 @@ def unwritable(path, error):
 
 
 def save_torch(obj, path):
-    """torch.save to ``path``, whole or not at all. Main rank only; the others return at once.
+    """torch.save to ``path``, complete or not at all. Main rank only; the others return at once.
 
     Raises InputError if it cannot be written, for example because the disk is full.
     """
     if is_main():
         # Through a file of ours: torch's own reports a full disk as an error of its archive.
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
             try:
                 torch.save(obj, file)
             except RuntimeError as error:
@@ -401,9 +438,9 @@ def save_torch(obj, path):
 
 
 def save_text(text, path):
-    """Write ``text`` to ``path``, whole or not at all. Main rank only; the others return at once."""
+    """Write ``text`` to ``path``, complete or not at all. Main rank only; the others return at once."""
     if is_main():
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(text)
 
 
@@ -417,7 +454,7 @@ def append_json_line(record, path):
             raise unwritable(path, error) from None
 
 
-def output_folder(path, flag="--output_dir"):
+def output_folder(path, flag="--output-dir"):
     """Make the output folder on the main rank and check that it can be written to. Raises InputError."""
     path = Path(path)
     if is_main():
@@ -437,7 +474,7 @@ def output_folder(path, flag="--output_dir"):
 
 
 class Stopwatch:
-    """Seconds since it was made; waits for the GPU first, so that queued work counts."""
+    """Seconds since it was made. It waits for the GPU first, so that queued work counts."""
 
     def __init__(self, device):
         self.device = device

@@ -2,113 +2,83 @@
 of its MACs without training: the same widths of the original weights, of the paper's stage 1, and of ours. Writes a
 Markdown table."""
 
-import argparse
 import contextlib
 import io
 import json
-import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+import torch
 
 import main_reparam
 import main_test
 import utils
-from models.vit import ALIASES
+from models.vit.pretrained import ALIASES
 from tools import pretrain
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}
+SWIN = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": (2, 2), "num_heads": (3, 6)}
 NETWORKS = {
     "DeiT": ("deit_tiny_patch16_224", SMALL),
     "distilled DeiT": ("deit_tiny_distilled_patch16_224", SMALL),
     "DINOv2-giant (SwiGLU)": ("vit_giant_patch14_dinov2", SMALL | {"mlp_ratio": 4}),
     "q/k norm": ("vit_small_patch16_224", SMALL | {"qk_norm": True}),
-    "Swin": (
-        "swin_tiny_patch4_window7_224",
-        {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": (2, 2), "num_heads": (3, 6)},
-    ),
-    "Swin V2": (
-        "swinv2_tiny_window8_256",
-        {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": (2, 2), "num_heads": (3, 6)},
-    ),
+    "Swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "Swin V2": ("swinv2_tiny_window8_256", SWIN),
     "BEiT": ("beit_base_patch16_224", SMALL),
     "EVA-02 B": ("eva02_base_patch14_224", SMALL),
     "DINOv3": ("vit_small_patch16_dinov3", SMALL),
 }
-SHARES = (2 / 3, 1 / 2, 1 / 3)
-RECIPE = [
-    "--no_repeated_aug", "--no_model_ema", "--aa=", "--hflip", "0", "--color_jitter", "0", "--reprob", "0",
-    "--mixup", "0", "--cutmix", "0", "--drop_path", "0", "--warmup_epochs", "5", "--lr", "8e-3", "--eval_period", "99",
-]  # fmt: skip
-
-
-def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seeds", type=utils.positive_int, default=3)
-    parser.add_argument("--epochs", type=utils.positive_int, default=60)
-    parser.add_argument("--work", type=Path, default=Path("output/families"), help="folder of networks and results")
-    parser.add_argument("--output", type=Path, default=Path("docs/families_digits.md"), help="the table to write")
-    return parser.parse_args()
-
-
-def stage(script, *options):
-    """One stage as its command would run it, quietly."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        script.main(script.get_args([str(option) for option in options]))
-
-
-def cut(folder, common, *options):
-    """Top-1 of the full network and of the shares of its MACs."""
-    ladder = ["--macs_ratio", 1, *SHARES]
-    stage(main_test, *common, *ladder, *options, "--output_dir", folder)
-    return [row["top1"] for row in json.loads((folder / "results.json").read_text())["rows"]]
+SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
+COMMON = "--data-set DIGITS --device cpu --num-workers 0 --model family"
+RECIPE = "--no-repeated-aug --no-model-ema --aa= --hflip 0 --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0"
+RECIPE += " --drop-path 0 --warmup-epochs 5 --lr 8e-3 --eval-period 99 --resume auto"
 
 
 def measure(name, seed, args):
-    """{column: top-1 at full width and at the shares} of one network."""
-    ALIASES["family"] = NETWORKS[name]
-    work = args.work / name.replace("/", " ") / f"seed{seed}"
-    if (work / "done.json").is_file():
-        return json.loads((work / "done.json").read_text())
-    common = ["--data_set", "DIGITS", "--device", "cpu", "--num_workers", 0, "--model", "family", "--seed", seed]
-    start = work / "start" / "pretrained.pth"
-    if not start.is_file():
-        stage(pretrain, *common, *RECIPE, "--epochs", args.epochs, "--output_dir", start.parent, "--resume", "auto")
-    stage(main_reparam, *common, "--pretrained", start, "--output_dir", work / "ours")
-    paper = ["--basis", "pca", "--mlp_order", "taylor", "--no_compensation"]
-    stage(main_reparam, *common, "--pretrained", start, *paper, "--output_dir", work / "paper")
-    same = ["--mask_table", work / "ours" / "mask_table.json", "--no_compensate"]
-    results = {
-        "original": cut(work / "test_original", common, "--checkpoint", start, *same),
-        "paper's": cut(work / "test_paper", common, "--checkpoint", work / "paper", *same),
-        "ours": cut(work / "test_ours", common, "--checkpoint", work / "ours"),
+    """{variant: top-1 at full width and at the shares} of one network. A stage that has been run is not run again."""
+    ALIASES["family"], work = NETWORKS[name], args.work / name.replace("/", " ") / f"seed{seed}"
+
+    def stage(script, folder, written, flags, *paths):
+        """The file that a stage writes, run as its command would run it, quietly. paths: the words after the flags."""
+        words = [*COMMON.split(), "--seed", seed, "--output-dir", work / folder, *flags.split(), *paths]
+        if not (work / folder / written).is_file():
+            with contextlib.redirect_stdout(io.StringIO()):
+                script.main(script.get_args([str(word) for word in words]))
+        return work / folder / written
+
+    def top1(folder, flags, *paths):
+        ladder = f"--macs-ratio 1 {' '.join(map(str, SHARES.values()))} {flags}"
+        results = stage(main_test, folder, "results.json", ladder, *paths)
+        return [row["top1"] for row in json.loads(results.read_text())["rows"]]
+
+    start = stage(pretrain, "start", "pretrained.pth", f"{RECIPE} --epochs {args.epochs}")
+    ours = stage(main_reparam, "ours", "report.json", "--pretrained", start).parent
+    flags = "--basis pca --mlp-order taylor --no-compensation --pretrained"
+    paper = stage(main_reparam, "paper", "report.json", flags, start).parent
+    same = ("--mask-table", ours / "mask_table.json")
+    return {
+        "original": top1("test_original", "--no-compensation --checkpoint", start, *same),
+        "paper's": top1("test_paper", "--no-compensation --checkpoint", paper, *same),
+        "ours": top1("test_ours", "--checkpoint", ours),
     }
-    utils.save_text(json.dumps(results), work / "done.json")
-    return results
-
-
-def cell(values):
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def main(args):
-    columns = [f"{variant}, {share}" for share in ("2/3", "1/2", "1/3") for variant in ("original", "paper's", "ours")]
-    lines = ["| | full | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    columns, rows = [f"{kind}, {share}" for share in SHARES for kind in ("original", "paper's", "ours")], []
     for name in NETWORKS:
         runs = [measure(name, seed, args) for seed in range(args.seeds)]
-        cells = [cell([run["ours"][0] for run in runs])]
-        cells += [cell([run[v][1 + i] for run in runs]) for i in range(len(SHARES)) for v in runs[0]]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
-    machine = utils.machine_name(utils.choose_device("cpu", "--device"))
-    head = (
-        f"Top-1 in % on 599 digits, mean and standard deviation of {args.seeds} seeds; sub-networks of one set of "
-        f"widths (ours), cut without training; {machine}. `python benchmarks/families.py`\n"
+        top1 = [[run["ours"][0] for run in runs]]
+        top1 += [[run[kind][1 + at] for run in runs] for at in range(len(SHARES)) for kind in runs[0]]
+        rows.append([name, *(common.cell(values, ".1f", ".1f") for values in top1)])
+        print(*rows[-1], flush=True)
+    text = (
+        f"Top-1 in % on 599 digits, mean ± standard deviation of {args.seeds} seeds; sub-networks of one set of widths"
+        f" (ours), cut without training; {utils.machine_name(torch.device('cpu'))}. `python benchmarks/families.py`\n"
     )
-    utils.save_text("\n".join([head, *lines]) + "\n", args.output)
+    utils.save_text("\n".join([text, *common.markdown(["", "full", *columns], rows)]) + "\n", args.output)
 
 
 if __name__ == "__main__":
-    main(get_args())
+    paths = {"work": Path("output/families"), "output": Path("docs/families_digits.md")}
+    main(common.arguments(__doc__, seeds=3, epochs=60, **paths))

@@ -1,119 +1,88 @@
-"""What stage 3 costs: the time of cutting a sub-network, at several widths and for tables of several lengths, and how
-its speed follows its MACs, with uniform widths, with whole blocks gone, and with the widths of a table grown by random
-importance. Random weights; prints one JSON object. Latencies of two threads on two cores need a machine with nothing
-else to do."""
+"""What stage 3 costs: the time of cutting --model, at several widths and for tables of several lengths, and how the
+speed of --latency-model follows its MACs, with uniform widths, with whole blocks gone, and with the widths of a table
+grown by random importance (--batch-sizes without a number: cutting alone). Random weights; prints one JSON object.
+Latencies of two threads on two cores need a machine with nothing else to do."""
 
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import utils
-from models import latency, peel, piad
-from models.cost import Shapes
-from models.store import SuperNet
-from models.supernet import as_supernet, full_widths
-from models.vit import ModelSpec
-from models.width_table import Budget, Widths, WidthTable
-from utils import StageParser, positive_int
+from models.piad.dropout import grow
+from models.piad.importance import Units
+from models.piad.width_table import WidthTable
+from models.subnet import latency
+from models.subnet.extract import extract
+from models.vit.cost import Costs
+from models.vit.widths import Widths
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 0.96875, 1)
+UNIFORM = ((0.5, 0.5), (0.5, 0.484375), (0.25, 0.625), (0.375, 0.3125), (0.25, 0.34375), (0.125, 0.4375))
 
 
-def get_args():
-    parser = StageParser(description=__doc__)
-    parser.add_argument("--model", default="vit_base", help="what is cut")
-    parser.add_argument("--latency_model", default="vit_small", help="what is timed")
-    parser.add_argument("--threads", type=positive_int, default=2)
-    parser.add_argument("--batch_sizes", type=positive_int, nargs="*", default=[1, 8], help="none for cutting alone")
-    parser.add_argument("--device", default="auto")
-    return parser.parse_args()
+def make(name):
+    """(super-network, its Costs, WidthTable by random importance)."""
+    supernet, generator = common.random_supernet(name), torch.Generator().manual_seed(0)
+    costs = Costs.of(supernet)
+    units, steps = Units.of(costs.full), [costs.full]
+    draws = [torch.rand(count, generator=generator) for count in units.counts(costs.full)]
+    importance = [draw.sort(descending=True).values.tolist() for draw in draws]
+    grow(steps, importance, units, costs.macs, 0.125 * costs.macs(costs.full))
+    return supernet, costs, WidthTable(steps)
 
 
-def supernet(name):
-    """A random super-network with a table by random importance."""
-    model = as_supernet(ModelSpec(name, 1000).build().eval())
-    full, shapes = full_widths(model), Shapes.of(model)
-    groups = piad.Groups.of(full)
-    generator = torch.Generator().manual_seed(0)
-    units = groups.counts(full)
-    importance = [torch.rand(n, generator=generator).sort(descending=True).values.tolist() for n in units]
-    steps = [full]
-    piad.grow(steps, importance, groups, shapes.macs, 0.125 * shapes.macs(full))
-    return SuperNet(model, ModelSpec(name, 1000), WidthTable(steps), shapes, Path("random"))
+def median(work, *arguments):
+    """Milliseconds, median of five, by the clock and of processor time, which other programs do not lengthen."""
+    times = []
+    for _ in range(6):
+        started = time.perf_counter(), time.process_time()
+        work(*arguments)
+        times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    medians = [round(1e3 * statistics.median(values[1:]), 1) for values in zip(*times, strict=True)]
+    return dict(zip(("ms", "processor_ms"), medians, strict=True))
 
 
-def uniform(full, attn, mlp):
-    return Widths(tuple(int(w * attn) for w in full.attn), tuple(int(w * mlp) for w in full.mlp))
-
-
-def cutting(args):
-    """Milliseconds, median of five cuts, by the clock and of processor time, which other programs do not lengthen: by
-    the kept share of all widths, and by the length of the table."""
-
-    def median(work):
-        times = {"ms": [], "processor_ms": []}
-        for _ in range(6):
-            started, used = time.perf_counter(), time.process_time()
-            work()
-            times["ms"].append(1e3 * (time.perf_counter() - started))
-            times["processor_ms"].append(1e3 * (time.process_time() - used))
-        return {name: round(statistics.median(values[1:]), 1) for name, values in times.items()}
-
-    net = supernet(args.model)
-    full = full_widths(net.model)
-    figures = {
-        f"keep {share}": median(lambda s=share: peel.extract(net.model, uniform(full, s, s))) for share in SHARES
-    }
-    half = Budget("macs_ratio", 0.5)
-    for every in (1, 20):
-        net.table = WidthTable(net.table.steps[::every])
-        figures[f"half the MACs, table of {len(net.table.steps)} steps"] = median(
-            lambda: net.cut(half.choose(net.table, net.shapes).widths)
-        )
+def cutting(supernet, costs, table):
+    """Milliseconds by the kept share of all widths, and by the length of the table."""
+    figures = {f"keep {s}": median(extract, supernet, common.scaled(costs.full, s, s)) for s in SHARES}
+    for each in (table, WidthTable(table.steps[::20])):
+        name = f"half the MACs, table of {len(each.steps)} steps"
+        figures[name] = median(lambda each=each: extract(supernet, *common.at_shares(each, costs, [0.5])))
     return figures
 
 
-def speed(args, batch_size):
-    """Images/s of each network and its ratio to the full one, all timed in turns."""
-    device, net = utils.choose_device(args.device, "--device"), supernet(args.latency_model)
-    full = full_widths(net.model)
-    many = {"full": full}
-    for attn, mlp in ((0.5, 0.5), (0.5, 0.484375), (0.25, 0.625), (0.375, 0.3125), (0.25, 0.34375), (0.125, 0.4375)):
-        many[f"uniform, {int(full.attn[0] * attn)} and {int(full.mlp[0] * mlp)}"] = uniform(full, attn, mlp)
+def speed(supernet, costs, table, device, batch_size):
+    """Milliseconds of each network and its speed against the full one's, all timed in turns."""
+    full, many = costs.full, {"full": costs.full}
+    for widths in (common.scaled(full, *shares) for shares in UNIFORM):
+        many[f"uniform, {widths.attn[0]} and {widths.mlp[0]}"] = widths
     for every in (2, 3):
-        kept = [index % every == 0 for index in range(len(full.attn))]
-        many[f"whole blocks, one of {every}"] = Widths(
-            *(tuple(w * k for w, k in zip(widths, kept, strict=True)) for widths in (full.attn, full.mlp))
-        )
+        kept = [width * (index // 2 % every == 0) for index, width in enumerate(full.flat)]
+        many[f"whole blocks, one of {every}"] = Widths.from_flat(kept)
     for share in (0.5, 1 / 3):
-        many[f"table, {share:.3f} of the MACs"] = Budget("macs_ratio", share).choose(net.table, net.shapes).widths
-    networks = [peel.extract(net.model, widths).to(device) for widths in many.values()]
-    conditions = latency.Conditions.of(net.model, device, batch_size, "none")
-    times = latency.measure(networks, device, conditions)
-    return {"conditions": str(conditions)} | {
-        name: {
-            "macs_ratio": round(net.shapes.macs(widths) / net.shapes.macs(full), 4),
-            "ms": round(ms, 2),
-            "times_full": round(times[0] / ms, 2),
-        }
-        for (name, widths), ms in zip(many.items(), times, strict=True)
-    }
+        (many[f"table, {share:.3f} of the MACs"],) = common.at_shares(table, costs, [share])
+    conditions = latency.Conditions.of(supernet, device, batch_size, "none")
+    times = latency.measure([extract(supernet, widths).to(device) for widths in many.values()], device, conditions)
+    figures = {"conditions": str(conditions)}
+    for (name, widths), ms in zip(many.items(), times, strict=True):
+        figures[name] = {"macs_ratio": round(costs.macs(widths) / costs.macs(full), 4), "ms": round(ms, 2)}
+        figures[name]["times_full"] = round(times[0] / ms, 2)
+    return figures
 
 
 def main(args):
     torch.set_num_threads(args.threads)
+    device = utils.choose_device(args.device, "--device")
     results = {"machine": utils.machine_name(torch.device("cpu")), "threads": args.threads}
-    results[f"cutting {args.model}"] = cutting(args)
-    for batch_size in args.batch_sizes:
-        results[f"speed of {args.latency_model}, batch {batch_size}"] = speed(args, batch_size)
+    results[f"cutting {args.model}"] = cutting(*make(args.model))
+    for size in args.batch_sizes:
+        results[f"speed of {args.latency_model}, batch {size}"] = speed(*make(args.latency_model), device, size)
     print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    utils.run_stage(main, get_args())
+    flags = {"model": "vit_base", "latency_model": "vit_small", "threads": 2, "batch_sizes": [1, 8], "device": "auto"}
+    utils.run_stage(main, common.arguments(__doc__, **flags))

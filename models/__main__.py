@@ -5,10 +5,16 @@ import argparse
 import timm
 import torch
 
-from models.kinds import ATTENTION, BLOCKS, MLPS, MODELS, block_paths, parts_of
-from models.supernet import check_supported, class_name
-from models.vit import ALIASES
+from models.vit.families import ATTENTION, BLOCKS, MLPS, MODELS, stock_branches
+from models.vit.pretrained import ALIASES
+from models.vit.supernet import check_supported
 from utils import InputError, first_line
+
+
+def class_name(cls):
+    """The name of a timm class, with its module unless that is a plain ViT's."""
+    module = cls.__module__.split(".")[-1]
+    return cls.__name__ if module in ("vision_transformer", "attention", "mlp") else f"{module}.{cls.__name__}"
 
 
 def describe(name):
@@ -22,16 +28,15 @@ def describe(name):
         return f"no: {str(error).split(';')[0]}"
     except Exception as error:  # whatever a model's constructor raises without memory for its weights
         return f"no: timm does not build it without weights ({first_line(error)})"
-    blocks = [model.get_submodule(path) for path in block_paths(model)]
-    kinds = {}
-    for block in blocks:
-        for part, module in zip(parts_of(block), (block.attn, block.mlp), strict=True):
-            kinds.setdefault((class_name(type(module)), tuple(part.left_out)), []).append(part.width)
-    lines = [f"{len(blocks)} blocks"]
-    for (kind, left_out), widths in kinds.items():
+    own, found = stock_branches(model), {}
+    for branch in own:
+        left_out = tuple(transform.value for transform in branch.part.left_out)
+        found.setdefault((class_name(type(branch.module)), left_out), []).append(branch.part.width)
+    words = [f"{len(own) // 2} blocks"]
+    for (kind, left_out), widths in found.items():
         without = f", without {', '.join(left_out)}" if left_out else ""
-        lines.append(f"{kind} {'/'.join(map(str, dict.fromkeys(widths)))}{without}")
-    return "; ".join(lines)
+        words.append(f"{kind} {'/'.join(map(str, dict.fromkeys(widths)))}{without}")
+    return "; ".join(words)
 
 
 def main():

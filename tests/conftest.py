@@ -2,9 +2,11 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -13,9 +15,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "skd_tests_without_a_hub")
 
 import utils
-from models.supernet import as_supernet
-from models.vit import ModelSpec
-from models.width_table import Widths
+from models.vit.pretrained import ModelSpec
+from models.vit.supernet import as_supernet
+from models.vit.widths import Widths
+from models.wpac.compensation import compensation_of
+from models.wpac.rewrite import reparameterise
+from models.wpac.statistics import OBJECTIVES, collect_statistics
 
 ROOT = Path(__file__).parents[1]
 # One thread each: the networks are tiny, and tests may run beside each other.
@@ -27,8 +32,6 @@ TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads
 
 def tiny_vit(seed=0, **kwargs):
     """A random stock ViT in eval mode: D 48, H 3, d 16, M 192, L 3, T 17; biases are random too."""
-    import timm
-
     torch.manual_seed(seed)
     model = timm.create_model("vit_tiny_patch16_224", **{**TINY, **kwargs})
     with torch.no_grad():
@@ -45,15 +48,49 @@ def tiny_supernet(seed=0, **kwargs):
 
 
 def random_images(count, seed=1, size=16, dtype=torch.float32):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def proxy_batches(count=24, batch=8, classes=7, dtype=torch.float32):
-    """(images, labels, positions) batches like a proxy loader's."""
-    images = random_images(count, seed=5, dtype=dtype)
-    labels = torch.arange(count) % classes
-    positions = torch.arange(count)
-    return list(zip(images.split(batch), labels.split(batch), positions.split(batch), strict=True))
+def proxy_batches(count=24, batch=8, size=16, dtype=torch.float32):
+    """(images, labels, positions) batches like a proxy loader's, of 7 classes."""
+    images, positions = random_images(count, 5, size, dtype), torch.arange(count)
+    columns = (images, positions % 7, positions)
+    return list(zip(*(column.split(batch) for column in columns), strict=True))
+
+
+def measured(supernet, objective="label", batches=None, **kwargs):
+    """The statistics of a super-network (default: on ``proxy_batches``)."""
+    batches = proxy_batches(dtype=next(supernet.parameters()).dtype) if batches is None else batches
+    with torch.enable_grad():
+        return collect_statistics(supernet, batches, OBJECTIVES[objective], **kwargs)
+
+
+def rewritten(supernet, statistics, *how):
+    """2L Compensation of a super-network that ``reparameterise`` rewrites, in place, from hidden statistics."""
+    return compensation_of(supernet, statistics, reparameterise(supernet, statistics, *how))
+
+
+def difference(first, second):
+    """Largest difference of two tensors, relative to the largest entry of the first."""
+    return ((first - second).abs().max() / first.abs().max()).item()
+
+
+@contextmanager
+def fused_attention(on):
+    """Whether timm builds models with fused attention, which fvcore does not see into."""
+    timm.layers.set_fused_attn(on)
+    try:
+        yield
+    finally:
+        timm.layers.set_fused_attn(True)
+
+
+def macs_by_fvcore(network, images):
+    """fvcore's count for a network that was built without fused attention."""
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(network.eval(), images)
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
 
 
 # Many shapes of sub-network of the tiny ViT: uneven, narrow, branches gone, everything gone.

@@ -10,18 +10,18 @@ PLAIN = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 
 @dataclass(frozen=True)
 class Family:
-    """``name``, ``kwargs``: what timm builds; ``size``: pixels; ``heads``: whether their width can be cut."""
+    """name, kwargs: of timm's model; size: pixels; heads: whether their width can be cut; classes: 0 for none."""
 
     name: str
     kwargs: dict = field(default_factory=dict)
     size: int = 32
     heads: bool = True
+    classes: int = 7
 
-    def build(self, seed=0, **kwargs):
+    def build(self):
         """The stock network in eval mode, all its weights random."""
-        torch.manual_seed(seed)
-        arguments = {"img_size": self.size, "num_classes": 7} | self.kwargs | kwargs
-        model = timm.create_model(self.name, **arguments).eval()
+        torch.manual_seed(0)
+        model = timm.create_model(self.name, img_size=self.size, num_classes=self.classes, **self.kwargs).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2 or parameter.ndim == 4:
@@ -29,10 +29,6 @@ class Family:
                 else:
                     parameter.add_(0.2 * torch.randn_like(parameter))
         return model
-
-    @property
-    def classes(self):
-        return self.kwargs.get("num_classes", 7)
 
 
 INNER_NORMS = {"scale_attn_norm": True, "scale_mlp_norm": True}
@@ -49,7 +45,7 @@ FAMILIES = {
     "DINOv2 with registers": Family("vit_small_patch14_reg4_dinov2", PLAIN, 28),
     "DINOv2-giant": Family("vit_giant_patch14_dinov2", PLAIN, 28),
     "CLIP": Family("vit_base_patch16_clip_quickgelu_224", PLAIN),
-    "SigLIP": Family("vit_base_patch16_siglip_224", PLAIN | {"num_classes": 0}),
+    "SigLIP": Family("vit_base_patch16_siglip_224", PLAIN, classes=0),
     "SigLIP SO400M": Family("vit_so400m_patch14_siglip_224", PLAIN | {"embed_dim": 60, "num_heads": 3}, 28),
     "q/k norm": Family("vit_small_patch16_224", PLAIN | {"qk_norm": True}),
     "inner norms": Family("vit_small_patch16_224", PLAIN | INNER_NORMS, heads=False),

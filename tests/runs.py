@@ -1,21 +1,27 @@
-"""Training runs in processes of their own, on the digits, that tests disturb and compare."""
+"""Training runs in processes of their own, on the digits, for tests that disturb and compare them."""
 
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 
+import pytest
 import torch
+from conftest import ROOT
 
 import main_train
 import utils
-from models.vit import read_checkpoint
+from models.vit.pretrained import read_checkpoint
 
-# All of DeiT's randomness, averaged weights, a list that grows, and checkpoints within epochs.
+# All of DeiT's randomness, a warm-up, averaged weights, a list that grows, and checkpoints within epochs.
 OPTIONS = [
     "--model", "vit_digits", "--data-set", "DIGITS", "--device", "cpu", "--num-workers", "0", "--batch-size", "128",
-    "--proxy-samples", "128", "--epochs", "3", "--grow-epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0",
+    "--proxy-samples", "128", "--epochs", "3", "--grow-epochs", "2", "--lr", "1e-3", "--warmup-epochs", "1",
     "--save-every-steps", "2", "--model-ema-decay", "0.9", "--always", "largest",
 ]  # fmt: skip
 # Children start from a server that has imported everything once.
@@ -49,6 +55,21 @@ def train(output, *options, **more):
     return process.exitcode
 
 
+def torchrun(script, *words, ranks=2, restarts=0, timeout=300):
+    """(output, exit code) of a script's ranks under torchrun, none of which outlives the time limit."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, f"--max-restarts={restarts}", script, *map(str, words)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )  # fmt: skip
+    try:
+        return process.communicate(timeout=timeout)[0], process.returncode
+    finally:
+        process.terminate()  # and not killed: torchrun ends its ranks
+        process.wait()
+
+
 def wrap(module, name, before):
     """Call ``before()`` each time before ``module.name`` runs."""
     module = importlib.import_module(module)
@@ -61,26 +82,34 @@ def wrap(module, name, before):
     setattr(module, name, wrapped)
 
 
-def once(where, times, do):
-    """Call ``do()`` as this process enters the ``times``-th call of a function."""
-    left = [times]
-
-    def count():
-        left[0] -= 1
-        if left[0] == 0:
-            do()
-
-    wrap(*where, count)
+def once(places, times, do):
+    """Call ``do()`` before the ``times``-th call of the functions at ``places`` (module, name), counted together."""
+    calls = itertools.count(1)
+    for module, name in places:
+        wrap(module, name, lambda: next(calls) == times and do())
 
 
 def signal_self(where, times, number):
     """Send a signal to this process as it enters the ``times``-th call of a function."""
-    once(where, times, lambda: os.kill(os.getpid(), number))
+    once([where], times, lambda: os.kill(os.getpid(), number))
 
 
 def log_of(folder):
     records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def mount(folder, options):
+    """Make a file system in memory at ``folder``, or skip the test where that is not allowed."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+
+
+def unmount(folder):
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
 
 
 def assert_same_run(folder, whole):

@@ -17,11 +17,12 @@ import pytest
 import torch
 from conftest import ROOT, tiny_vit
 from PIL import Image
+from runs import mount, unmount
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import utils
-from models.vit import ModelSpec
+from models.vit.pretrained import ModelSpec
 
 DOCUMENT = ROOT / "docs/bad_input.md"
 # What the document says every command is run with; flags of the row come later, and win.
@@ -66,7 +67,7 @@ def make_checkpoints(state):
         damaged = {key: tensor.clone() for key, tensor in state.items()}
         damaged["blocks.1.mlp.fc1.weight"][3, 4] = value
         torch.save(damaged, f"{name}.pth")
-    torch.save({"model": state, "peeled": {"name": "vit_digits", "num_classes": 10, "img_size": None}}, "peeled.pth")
+    torch.save({"model": state, "config": {"model": "vit_digits", "num_classes": 10, "img_size": None}}, "subnet.pth")
 
 
 def make_tables(good):
@@ -97,13 +98,14 @@ def make_tables(good):
     damaged("deeper", lambda c: c.update({"4.attn": c["0.attn"], "4.mlp": c["0.mlp"]}))
 
 
-def make_statistics(folder):
-    tensors = load_file(folder / "statistics.safetensors")
-    Path("cut.safetensors").write_bytes((folder / "statistics.safetensors").read_bytes()[:5000])
+def make_compensation(path):
+    """Damaged and foreign compensation files, made from the good one at ``path``."""
+    tensors = load_file(path)
+    Path("cut.safetensors").write_bytes(path.read_bytes()[:5000])
     save_file(tensors, "other.safetensors", metadata={"fc2": "of another network"})
-    with safe_open(folder / "statistics.safetensors", framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    tensors["blocks.2.factor"][3, 1] = float("nan")
+    tensors["blocks.2.mlp.factor"][3, 1] = float("nan")
     save_file(tensors, "nan.safetensors", metadata=metadata)
 
 
@@ -158,31 +160,18 @@ def folder(tmp_path_factory):
         make_data()
         run_stage(f"main_reparam.py --model vit_digits {two}")
         make_tables(Path("net/mask_table.json").read_text())
-        make_statistics(Path("net"))
+        make_compensation(Path("net/compensation.safetensors"))
         Path("file").touch()
         Path("nothing").mkdir()
         yield folder
     finally:
         for name in MOUNTS:
-            if os.path.ismount(folder / name):
-                subprocess.run(["umount", folder / name], check=True)
+            unmount(folder / name)
         os.chdir(before)
 
 
 # The options of a mount that holds too little, one that is full and one that cannot be written to.
 MOUNTS = {"small": "size=64k", "full": "size=64k", "readonly": "ro"}
-
-
-def mount(path):
-    """Make a file system of MOUNTS at ``path``, or skip the test where that is not allowed."""
-    if os.path.ismount(path):
-        return
-    path.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", MOUNTS[path.name], "tmpfs", path]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    if path.name == "full":
-        (path / "filler").write_bytes(bytes(64 * 1024))
 
 
 # ------------------------------------------------------------------------------------------ the walk
@@ -215,9 +204,11 @@ def assert_the_line(printed, line):
 @pytest.mark.parametrize(("command", "line"), ROWS, ids=[command for command, _ in ROWS])
 def test_a_row_of_the_document(command, line, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
-    for name in MOUNTS:
-        if f"{name}/" in command:
-            mount(folder / name)
+    for name, options in MOUNTS.items():
+        if f"{name}/" in command and not (folder / name).is_mount():
+            mount(folder / name, options)
+            if name == "full":
+                (folder / "full/filler").write_bytes(bytes(64 * 1024))
     before = files_below(folder)
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -227,6 +218,7 @@ def test_a_row_of_the_document(command, line, folder, monkeypatch, capfd):
     assert_the_line(printed.err, line)
     assert "Traceback" not in printed.err + printed.out and "error: " not in printed.out
     assert files_below(folder) == before, "something was written"
+    assert not Path("it-ran").exists(), "the pickle ran"
 
 
 def test_the_document_has_many_rows_and_every_flag_that_can_be_wrong(monkeypatch):
@@ -237,12 +229,8 @@ def test_the_document_has_many_rows_and_every_flag_that_can_be_wrong(monkeypatch
     for script in SCRIPTS:
         module_of(script).get_args([])
     flags = {a.option_strings[0] for p in parsers for a in p._actions if a.type or a.choices}
-    named = {utils._underscored(word) for command, _ in ROWS for word in command.split() if word.startswith("--")}
+    named = {utils.dashed(word) for command, _ in ROWS for word in command.split() if word.startswith("--")}
     assert len(flags) > 40 and not flags - named
-
-
-def test_the_pickle_did_not_run(folder):
-    assert not list(folder.rglob("it-ran"))
 
 
 @pytest.mark.parametrize("command", [

@@ -4,22 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
-import timm
 import torch
-from conftest import TINY_WIDTHS, tiny_supernet
-from fvcore.nn import FlopCountAnalysis
+from conftest import TINY_WIDTHS, fused_attention, macs_by_fvcore, random_images, tiny_supernet
 
-from models import peel
-from models.cost import MATMULS, PAPER, Shapes
-from models.supernet import as_supernet, full_widths
-from models.vit import ModelSpec
-from models.width_table import Widths
+from models.subnet.extract import extract
+from models.vit.cost import MATMULS, PAPER, Costs
+from models.vit.pretrained import ModelSpec
+from models.vit.supernet import as_supernet
+from models.vit.widths import Widths
 
 
-def deit_shapes(name):
+def deit_costs(name):
     with torch.device("meta"):
-        model = as_supernet(ModelSpec(name, 1000).build())
-    return Shapes.of(model), full_widths(model)
+        return Costs.of(as_supernet(ModelSpec(name, 1000).build()))
 
 
 # name, MACs (paper), MACs with the attention matmuls, parameters: each as printed
@@ -31,48 +28,24 @@ FULL = [
 
 
 @pytest.mark.parametrize(("name", "macs", "with_matmuls", "parameters"), FULL)
-def test_full_size_figures_equal_the_papers_to_the_printed_digit(name, macs, with_matmuls, parameters):
-    shapes, full = deit_shapes(name)
-    assert f"{shapes.macs(full) / 1e9:.2f} G" == macs
-    assert f"{shapes.macs(full, MATMULS) / 1e9:.2f} G" == with_matmuls
-    assert f"{shapes.parameters(full) / 1e6:.2f} M" == parameters
-
-
-def count_with_fvcore(network, size):
-    timm.layers.set_fused_attn(False)
-    try:
-        network = network()
-    finally:
-        timm.layers.set_fused_attn(True)
-    analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, 3, size, size))
-    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
-
-
-@pytest.mark.parametrize("name", ["vit_tiny", "vit_small"])
-def test_macs_with_matmuls_equal_fvcores(name):
-    shapes, full = deit_shapes(name)
-    assert count_with_fvcore(lambda: ModelSpec(name, 1000).build(), 224) == shapes.macs(full, MATMULS)
+def test_full_size_figures_equal_the_papers_to_the_printed_digit_and_fvcores(name, macs, with_matmuls, parameters):
+    costs = deit_costs(name)
+    with fused_attention(False):
+        network = ModelSpec(name, 1000).build()
+    assert macs_by_fvcore(network, random_images(1, size=224)) == costs.macs(costs.full, MATMULS)
+    assert f"{costs.macs(costs.full) / 1e9:.2f} G" == macs
+    assert f"{costs.macs(costs.full, MATMULS) / 1e9:.2f} G" == with_matmuls
+    assert f"{costs.parameters(costs.full) / 1e6:.2f} M" == parameters
 
 
 @pytest.mark.parametrize("widths", TINY_WIDTHS)
 def test_macs_and_parameters_of_extracted_networks(widths):
-    supernet = tiny_supernet()
-    shapes = Shapes.of(supernet)
-    assert count_with_fvcore(lambda: peel.extract(tiny_supernet(), widths), 16) == shapes.macs(widths, MATMULS)
-    assert sum(p.numel() for p in peel.extract(supernet, widths).parameters()) == shapes.parameters(widths)
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [{"qkv_bias": False}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}, {"init_values": 0.1},
-     {"pre_norm": True}, {"reg_tokens": 2}],
-)  # fmt: skip
-def test_costs_of_other_vits(kwargs):
-    supernet = tiny_supernet(**kwargs)
-    shapes, widths = Shapes.of(supernet), TINY_WIDTHS[2]
-    # fvcore counts LayerScale's product as nothing, like us
-    assert count_with_fvcore(lambda: peel.extract(tiny_supernet(**kwargs), widths), 16) == shapes.macs(widths, MATMULS)
-    assert sum(p.numel() for p in peel.extract(supernet, widths).parameters()) == shapes.parameters(widths)
+    """Without a class token; test_families.py has the others."""
+    with fused_attention(False):
+        supernet = tiny_supernet(class_token=False, global_pool="avg")
+    costs, subnet = Costs.of(supernet), extract(supernet, widths)
+    assert macs_by_fvcore(subnet, random_images(1)) == costs.macs(widths, MATMULS)
+    assert sum(p.numel() for p in subnet.parameters()) == costs.parameters(widths)
 
 
 # model, MACs in units of the last column's unit, parameters in M, half a unit of the last printed digit of the MACs.
@@ -91,9 +64,9 @@ PUBLISHED = [
 @pytest.mark.parametrize(("name", "macs", "parameters", "tolerance"), PUBLISHED)
 def test_published_sub_networks_are_reachable(name, macs, parameters, tolerance):
     """Some numbers of kept units and removed branches give both printed figures of a row."""
-    shapes, _ = deit_shapes(name)
+    costs = deit_costs(name)
     empty = Widths((0,) * 12, (0,) * 12)
-    unit_attn, unit_mlp = shapes.branches[0].width // 8, shapes.branches[1].width // 32
+    unit_attn, unit_mlp = costs.branches[0].full // 8, costs.branches[1].full // 32
 
     def parts(cost):
         """What is always there, one attention unit, one MLP unit, the fixed part of one branch of each kind."""
@@ -102,14 +75,14 @@ def test_published_sub_networks_are_reachable(name, macs, parameters, tolerance)
         one_m, two_m = (cost(Widths(empty.attn, (k * unit_mlp, *[0] * 11))) - base for k in (1, 2))
         return base, two - one, two_m - one_m, 2 * one - two, 2 * one_m - two_m
 
+    figures = [(parts(lambda widths: costs.macs(widths, PAPER)), macs, tolerance)]
+    figures += [(parts(lambda widths: costs.parameters(widths) / 1e6), parameters, 0.005)]
     attn, mlp = np.meshgrid(np.arange(97), np.arange(385), indexing="ij")
     reached = False
     for branches_a, branches_m in itertools.product(range(5, 13), repeat=2):
         fits = (attn <= 8 * branches_a) & (attn >= branches_a) & (mlp <= 32 * branches_m) & (mlp >= branches_m)
-        figures = []
-        for base, a, m, fixed_a, fixed_m in (parts(lambda w: shapes.macs(w, PAPER)), parts(shapes.parameters)):
-            figures.append(base + attn * a + mlp * m + branches_a * fixed_a + branches_m * fixed_m)
-        fits &= np.abs(figures[0] - macs) <= tolerance
-        fits &= np.abs(figures[1] / 1e6 - parameters) <= 0.005
+        for (base, a, m, fixed_a, fixed_m), wanted, within in figures:
+            found = base + attn * a + mlp * m + branches_a * fixed_a + branches_m * fixed_m
+            fits &= np.abs(found - wanted) <= within
         reached |= bool(fits.any())
     assert reached

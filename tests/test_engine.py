@@ -1,26 +1,22 @@
 """One training step: accumulation, several sub-networks a step, distillation, bad numbers, and ranks."""
 
-import os
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import TINY_WIDTHS, proxy_batches, random_images, tiny_supernet, tiny_vit
 from PIL import Image
+from runs import torchrun
 from torch import nn
 from torch.nn import functional as F
 
 import datasets
-from checkpoints import Run
 from engine import train_one_epoch
-from models.distillation import Distillation
-from models.supernet import set_widths
+from models.piad.distillation import Distillation
+from models.vit.supernet import set_widths
+from training import TrainingRun
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -36,7 +32,7 @@ def training_args(**changes):
 
 def trained(batches, draw=None, teacher=None, model=None, **changes):
     """The parameters of the tiny super-network after one epoch over ``batches``."""
-    run = Run(model or tiny_supernet(), training_args(**changes), CPU, len(batches))
+    run = TrainingRun(model or tiny_supernet(), training_args(**changes), CPU, len(batches))
     figures = train_one_epoch(run, batches, nn.CrossEntropyLoss(), 0, draw=draw, teacher=teacher)
     return dict(run.model.named_parameters()), figures
 
@@ -54,7 +50,7 @@ def test_accumulated_batches_equal_one_large_batch(clip_grad):
     small, figures = trained(proxy_batches(32, 8), draw, accum_iter=2, clip_grad=clip_grad)
     large, expected = trained(proxy_batches(32, 16), draw, batch_size=16, clip_grad=clip_grad)
     assert_equal(small, large)
-    assert figures["loss"] == pytest.approx(expected["loss"])
+    assert figures["train_loss"] == pytest.approx(expected["train_loss"])
     moved = max((small[n] - p).abs().max().item() for n, p in tiny_supernet().named_parameters())
     assert moved > 1e-4
 
@@ -128,12 +124,11 @@ def test_a_loss_gone_bad_stops_before_the_optimiser(bad):
 
 SCRIPT = """
 import sys
-sys.path[:0] = ["tests", "."]
 import torch, utils
 from argparse import Namespace
 from conftest import TINY_WIDTHS, proxy_batches, tiny_supernet
 from test_engine import training_args, trained
-from models.distillation import Distillation
+from models.piad.distillation import Distillation
 
 args = Namespace(device="cpu", seed=0)
 utils.start_up(args)
@@ -148,13 +143,11 @@ def together(step):
 def apart(step):
     return [TINY_WIDTHS[(3, 4)[rank]]]
 
-results = {}
 for name, draw, teacher in (("together", together, Distillation("inplace", 0.5, 1.0)), ("apart", apart, None)):
     if name == "apart" and ranks == 1:
         continue
     accum = 2 if name == "together" else 1
-    results[name] = trained(batches, draw, teacher, accum_iter=accum, clip_grad=1.0 if accum == 2 else None)[0]
-    state = {n.removeprefix("module."): p for n, p in results[name].items()}
+    state, _ = trained(batches, draw, teacher, accum_iter=accum, clip_grad=1.0 if accum == 2 else None)
     assert utils.all_the_same(str([p.sum().item() for p in state.values()]))
     utils.save_torch(state, f"{sys.argv[1]}/{name}{ranks}.pth")
 
@@ -176,12 +169,8 @@ def test_ranks_agree_with_one_process_and_with_each_other(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     for ranks in (1, 2):
-        result = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script,
-             tmp_path],
-            cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout + result.stderr
+        output, code = torchrun(script, tmp_path, ranks=ranks)
+        assert code == 0, output
     one, two, apart = (torch.load(tmp_path / f"{name}.pth") for name in ("together1", "together2", "apart2"))
     assert_equal(one, two, 1e-5)
     expected = tiny_supernet()

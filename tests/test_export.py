@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,47 +15,55 @@ from timm.data import create_transform, resolve_data_config
 
 import datasets
 import main_test
-from models import export, kinds, peel, store, subnetwork
-from models.compensation import BlockMemory, compensate
-from models.cost import Shapes
-from models.supernet import as_supernet, full_widths
-from models.vit import ModelSpec
-from models.width_table import Widths
+from models.subnet import export, load
+from models.subnet.extract import extract
+from models.subnet.store import load_supernet, subnet_config
+from models.vit import families
+from models.vit.cost import Costs
+from models.vit.pretrained import ModelSpec
+from models.vit.supernet import as_supernet, full_widths
+from models.vit.widths import Widths
+from models.wpac.compensation import Compensation, compensate
 from utils import InputError
 
 SPEC = ModelSpec("vit_digits", 10, 24)
 WIDTHS = Widths((16, 8, 0, 0), (256, 0, 8, 0))
 
 
-def supernet(seed=0):
-    torch.manual_seed(seed)
-    model = as_supernet(SPEC.build())
+def random_supernet(spec=SPEC):
+    torch.manual_seed(0)
+    supernet = as_supernet(spec.build())
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in supernet.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return supernet.eval()
 
 
-def saved(folder, formats=(), widths=WIDTHS):
+def save(subnet, supernet, folder, formats=(), widths=WIDTHS, spec=SPEC, crop_ratio=0.875):
+    config = subnet_config(subnet, spec, widths, Costs.of(supernet), crop_ratio)
+    return export.save(subnet, config | {"origin": {"checkpoint": "a test"}}, folder, formats)
+
+
+def saved(folder, **options):
     """A sub-network saved in ``folder``, and the super-network it is cut from."""
-    model = supernet()
-    network = peel.extract(model, widths)
-    export.save(network, SPEC, widths, Shapes.of(model), folder, {"checkpoint": "a test"}, 0.875, formats)
-    return network, model
+    supernet = random_supernet()
+    subnet = extract(supernet, options.get("widths", WIDTHS))
+    save(subnet, supernet, folder, **options)
+    return subnet, supernet
 
 
 @torch.no_grad()
 def test_a_saved_sub_network_loads_with_the_same_logits_and_its_own_size(tmp_path):
-    network, model = saved(tmp_path / "net")
-    again = subnetwork.load_subnetwork(tmp_path / "net")
+    subnet, supernet = saved(tmp_path / "net")
+    again = load.load_subnetwork(tmp_path / "net")
     assert not again.training
-    assert torch.equal(again(random_images(3, size=24)), network(random_images(3, size=24)))
+    assert torch.equal(again(random_images(3, size=24)), subnet(random_images(3, size=24)))
     for module in again.modules():
         assert type(module).__module__.startswith(("timm.", "torch.nn.")), type(module)
-    config = json.loads((tmp_path / "net/config.json").read_text())
+    config, costs = json.loads((tmp_path / "net/config.json").read_text()), Costs.of(supernet)
     count = sum(parameter.numel() for parameter in again.parameters())
-    assert config["parameters"] == count == Shapes.of(model).parameters(WIDTHS)
-    assert config["macs"] == Shapes.of(model).macs(WIDTHS) < Shapes.of(model).macs(full_widths(model))
+    assert config["parameters"] == count == costs.parameters(WIDTHS)
+    assert config["macs"] == costs.macs(WIDTHS) < costs.macs(full_widths(supernet))
     assert config["origin"] == {"checkpoint": "a test"} and config["widths"] == WIDTHS.as_dict()
     with safe_open(tmp_path / "net/model.safetensors", "pt") as file:
         header = len(file.keys()) * 120
@@ -63,76 +72,59 @@ def test_a_saved_sub_network_loads_with_the_same_logits_and_its_own_size(tmp_pat
 
 @torch.no_grad()
 def test_compensation_survives_saving(tmp_path):
-    model = supernet()
-    memory = [
-        BlockMemory(
-            torch.tril(torch.rand(256, 256, dtype=torch.float64)) + 16 * torch.eye(256), *map(torch.rand, sizes)
-        )
-        for sizes in [(256, 64, 64, 16, 256)] * 4
-    ]
-    network = compensate(peel.extract(model, WIDTHS), model, WIDTHS, memory)
-    assert not torch.equal(network(random_images(2, size=24)), peel.extract(model, WIDTHS)(random_images(2, size=24)))
-    export.save(network, SPEC, WIDTHS, Shapes.of(model), tmp_path, {}, 0.875)
-    again = subnetwork.load_subnetwork(tmp_path)
-    assert torch.equal(again(random_images(2, size=24)), network(random_images(2, size=24)))
+    supernet, images = random_supernet(), random_images(2, size=24)
+    factor = torch.tril(torch.rand(256, 256, dtype=torch.float64)) + 16 * torch.eye(256)
+    attention, mlp = (Compensation(*map(torch.rand, sizes)) for sizes in ((16, 64), (256, 64, 256, 256)))
+    mlp.factor = factor
+    subnet = compensate(extract(supernet, WIDTHS), supernet, [attention, mlp] * 4)
+    assert not torch.equal(subnet(images), extract(supernet, WIDTHS)(images))
+    save(subnet, supernet, tmp_path)
+    assert torch.equal(load.load_subnetwork(tmp_path)(images), subnet(images))
 
 
 @pytest.mark.parametrize("size", [24, 48])
 def test_timm_resolves_the_transform_that_it_was_tested_with(size, tmp_path, shared_args):
     spec = ModelSpec("vit_digits", 10, size)
-    model = as_supernet(spec.build())
-    network = peel.extract(model, WIDTHS)
-    export.save(network, spec, WIDTHS, Shapes.of(model), tmp_path, {}, 0.9)
-    config = resolve_data_config(model=subnetwork.load_subnetwork(tmp_path))
+    supernet = random_supernet(spec)
+    subnet = extract(supernet, WIDTHS)
+    save(subnet, supernet, tmp_path, spec=spec, crop_ratio=0.9)
+    config = resolve_data_config(model=load.load_subnetwork(tmp_path))
     assert tuple(config["input_size"]) == (3, size, size) and config["crop_pct"] == (0.9 if size > 32 else 1)
     shared_args.eval_crop_ratio = 0.9
-    ours = datasets.eval_transform(shared_args, datasets.data_config(network))
+    ours = datasets.eval_transform(shared_args, datasets.data_config(subnet))
     image, _ = datasets.load_images(shared_args, train=False)[0]
-    image = image.resize((40, 32))
+    image = datasets.as_rgb(image).resize((40, 32))
     assert torch.equal(create_transform(**config)(image), ours(image))
 
 
 def test_the_loader_works_without_this_repository(tmp_path):
-    network, _ = saved(tmp_path / "net")
-    shutil.copy(subnetwork.__file__, tmp_path / "loader.py")
-    shutil.copy(kinds.__file__, tmp_path)
+    subnet, _ = saved(tmp_path / "net")
+    shutil.copy(load.__file__, tmp_path / "loader.py")
+    shutil.copy(families.__file__, tmp_path)
     torch.save(random_images(2, size=24), tmp_path / "images.pt")
     code = "import loader, torch; torch.save(loader.load_subnetwork('net')(torch.load('images.pt')), 'logits.pt')"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), network(random_images(2, size=24)))
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), subnet(random_images(2, size=24)))
 
 
 @torch.no_grad()
-def test_a_fine_tuned_network_has_averaged_weights_too(tmp_path):
-    network, _ = saved(tmp_path)
-    averaged = {name: value + 0.1 for name, value in network.state_dict().items()}
-    content = {"peeled": peel.describe(SPEC, WIDTHS), "model": network.state_dict(), "model_ema": averaged}
-    args = main_test.get_args(["--use_ema"])
-    loaded, _, _ = main_test.load_alone("a test", content, args)
-    assert torch.equal(loaded.head.weight, averaged["head.weight"])
-    with pytest.raises(InputError, match="--use_ema: a test has no averaged weights"):
-        main_test.load_alone("a test", content | {"model_ema": None}, args)
-
-
-def test_the_stages_read_a_saved_folder_at_any_input_size(tmp_path):
-    network, _ = saved(tmp_path)
-    path = store.newest_checkpoint(tmp_path)
-    content = store.read(path)
-    again, spec, widths = peel.load_peeled(content, path)
-    assert (spec, widths) == (SPEC, WIDTHS)
-    images = random_images(2, size=24)
-    assert torch.equal(again.eval()(images), network(images))
-    larger, spec, _ = peel.load_peeled(content, path, input_size=32)
-    assert (
-        spec.img_size == 32 and larger.pos_embed.shape[1] == 65 and larger(random_images(1, size=32)).shape == (1, 10)
-    )
-
-
-def damage(folder, change):
-    path = folder / "config.json"
-    path.write_text(change(path.read_text()))
+def test_the_stages_read_a_saved_folder_at_any_input_size_and_a_fine_tuned_checkpoint(tmp_path):
+    subnet, images = saved(tmp_path)[0], random_images(2, size=24)
+    loaded = load_supernet(tmp_path)
+    assert loaded.one_size and loaded.spec == SPEC and loaded.table.steps == [WIDTHS]
+    assert torch.equal(loaded.cut(WIDTHS).eval()(images), subnet(images))
+    larger = load_supernet(tmp_path, input_size=32)
+    assert larger.spec.img_size == 32 and larger.supernet.pos_embed.shape[1] == 65
+    assert larger.supernet(random_images(1, size=32)).shape == (1, 10)
+    averaged = {name: value + 0.1 for name, value in subnet.state_dict().items()}
+    content = {"config": load.read_config(tmp_path), "model": subnet.state_dict(), "model_ema": averaged}
+    tuned = load_supernet("a test", content, use_ema=True)
+    assert tuned.one_size and tuned.table.steps == [WIDTHS]
+    assert torch.equal(tuned.supernet.head.weight, averaged["head.weight"])
+    with pytest.raises(InputError, match="a test: has no averaged weights"):
+        load_supernet("a test", content | {"model_ema": None}, use_ema=True)
 
 
 @pytest.mark.parametrize(
@@ -140,61 +132,57 @@ def damage(folder, change):
     [
         (lambda text: text[:40], "cannot be read"),
         (lambda text: text.replace('"widths"', '"depths"'), "it has no widths"),
-        (lambda text: text.replace("[256, 0, 8, 0]", "[512, 0, 8, 0]"), "describes no network"),
+        (lambda text: text.replace("[256, 0, 8, 0]", "[512, 0, 8, 0]"), "its description is that of no network"),
         (lambda text: text.replace('"num_classes": 10', '"num_classes": 11'), "does not fit"),
         (lambda text: text.replace('"vit_digits"', '"os.system"'), "neither one of"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(change, message, tmp_path):
     saved(tmp_path)
-    damage(tmp_path, change)
-    with pytest.raises(InputError, match=message):
-        peel.load_peeled(store.read(tmp_path / "model.safetensors"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(InputError, match=message) as error:
+        load_supernet(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------ exports
 
 
 def test_pt2_runs_without_our_code_on_any_batch(tmp_path):
-    network, _ = saved(tmp_path, ["pt2"])
+    subnet, _ = saved(tmp_path, formats=["pt2"])
     module = torch.export.load(tmp_path / "model.pt2").module()
     for batch in (1, 7):
         images = random_images(batch, size=24)
-        assert torch.allclose(module(images), network(images), atol=1e-5)
+        assert torch.allclose(module(images), subnet(images), atol=1e-5)
 
 
-def test_onnx_and_int8_run_in_onnx_runtime_on_any_batch(tmp_path, capsys):
+def test_onnx_and_int8_run_in_onnx_runtime_on_any_batch(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    network, _ = saved(tmp_path, ["int8"])
-    printed = capsys.readouterr().out
-    assert "model.onnx: largest difference" in printed and "model.int8.onnx: largest difference" in printed
-    sizes = {}
+    supernet, sizes = random_supernet(), {}
+    subnet = extract(supernet, WIDTHS)
+    differences = save(subnet, supernet, tmp_path, ["int8"])
     for name, tolerance in (("model.onnx", 1e-5), ("model.int8.onnx", 0.2)):
+        assert differences.pop(name) > 0
         session = onnxruntime.InferenceSession(tmp_path / name)
         for batch in (1, 7):
             images = random_images(batch, size=24)
             (logits,) = session.run(None, {"images": images.numpy()})
-            assert torch.allclose(torch.from_numpy(logits), network(images), rtol=0, atol=tolerance)
+            assert torch.allclose(torch.from_numpy(logits), subnet(images), rtol=0, atol=tolerance)
         sizes[name] = (tmp_path / name).stat().st_size
-    assert sizes["model.onnx"] < 4 * sum(p.numel() for p in network.parameters()) + 30_000
+    assert differences == {"config.json": None, "model.safetensors": None}
+    assert sizes["model.onnx"] < 4 * sum(p.numel() for p in subnet.parameters()) + 30_000
     assert sizes["model.int8.onnx"] < 0.6 * sizes["model.onnx"]
 
 
 def test_an_export_that_differs_leaves_no_file_and_what_was_there_stays(tmp_path, monkeypatch):
     saved(tmp_path / "net")
     before = (tmp_path / "net/model.safetensors").read_bytes()
-
-    class Wrong:
-        def __init__(self, path):
-            self.path = path
-
-        def module(self):
-            return lambda images: torch.full((len(images), 10), 3.0)
-
-    monkeypatch.setattr(torch.export, "load", Wrong)
+    wrong = Namespace(module=lambda: lambda images: torch.full((len(images), 10), 3.0))
+    monkeypatch.setattr(torch.export, "load", lambda path: wrong)
     with pytest.raises(InputError, match=r"model\.pt2: its logits differ by .* nothing is written"):
-        saved(tmp_path / "net", ["pt2"], Widths((8,) * 4, (8,) * 4))
+        saved(tmp_path / "net", formats=["pt2"], widths=Widths((8,) * 4, (8,) * 4))
     assert (tmp_path / "net/model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
     assert sorted(path.name for path in (tmp_path / "net").iterdir()) == ["config.json", "model.safetensors"]
@@ -203,14 +191,14 @@ def test_an_export_that_differs_leaves_no_file_and_what_was_there_stays(tmp_path
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("onnxr") else object())
     with pytest.raises(InputError, match="pip install onnxruntime"):
-        export.require(["onnx"])
-    export.require(["pt2"])
-    export.require([])
+        main_test.check_export(Namespace(export=["onnx"]))
+    assert export.missing_packages(["onnx"]) == ["onnxruntime"]
+    assert not export.missing_packages(["pt2"]) and not export.missing_packages([])
 
 
 def test_an_extracted_network_compiles_whole(tmp_path):
     """The whole graph is captured and differentiated; code generation is the benchmark's business."""
-    network, _ = saved(tmp_path)
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    subnet, _ = saved(tmp_path)
+    compiled = torch.compile(subnet, fullgraph=True, backend="aot_eager")
     images = random_images(2, size=24)
-    assert torch.allclose(compiled(images), network(images), atol=1e-5)
+    assert torch.allclose(compiled(images), subnet(images), atol=1e-5)

@@ -6,9 +6,17 @@ import json
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import (
+    ROOT,
+    difference,
+    fused_attention,
+    macs_by_fvcore,
+    measured,
+    proxy_batches,
+    random_images,
+    rewritten,
+)
 from families import FAMILIES, PLAIN, SWIN, Family
-from fvcore.nn import FlopCountAnalysis
 from timm.layers import RmsNorm
 from timm.models.vision_transformer import ResPostBlock
 
@@ -16,196 +24,179 @@ import main_finetune_peeled
 import main_reparam
 import main_test
 import main_train
-from engine import branch_removal
 from models import __main__ as overview
-from models import export, peel, store
-from models.calibration import calibrate
-from models.compensation import compensate
-from models.cost import MATMULS, Shapes
-from models.kinds import ATTENTION, BLOCKS, MLPS, MODELS, TRANSFORMS
-from models.piad import Groups
-from models.statistics import OBJECTIVES, collect_statistics
-from models.subnetwork import load_subnetwork, narrow
-from models.supernet import as_stock, as_supernet, blocks_of, class_name, full_widths, set_widths
-from models.vit import ALIASES, ModelSpec, load_weights
-from models.width_table import Widths, WidthTable
-from models.wpac import reparameterise
+from models.piad.importance import Units, branch_removal
+from models.piad.width_table import WidthTable
+from models.subnet import export
+from models.subnet.extract import extract
+from models.subnet.load import load_subnetwork
+from models.subnet.store import load_supernet, subnet_config
+from models.vit.cost import MATMULS, Costs
+from models.vit.families import ATTENTION, BLOCKS, MLPS, MODELS, Transform, ZeroBranch, narrow
+from models.vit.pretrained import ALIASES, ModelSpec, load_weights
+from models.vit.supernet import as_stock, as_supernet, at_widths, branches, full_widths
+from models.vit.widths import Widths
+from models.wpac.calibration import calibrate
+from models.wpac.compensation import compensate
+from models.wpac.rewrite import reparameterise
+from models.wpac.statistics import OBJECTIVES
 from utils import InputError
 
-CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
-def images_of(family, count=4, seed=1):
-    return torch.randn(count, 3, family.size, family.size, generator=torch.Generator().manual_seed(seed)).double()
+def built(family):
+    """(the family's super-network in float64, four images)."""
+    return as_supernet(family.build().double()), random_images(4, size=family.size, dtype=torch.float64)
 
 
-def batches_of(family, count=16, batch=8):
-    labels, positions = torch.arange(count) % 7, torch.arange(count)
-    images = images_of(family, count, seed=5)
-    return list(zip(images.split(batch), labels.split(batch), positions.split(batch), strict=True))
+def batches_of(family, count=16):
+    return proxy_batches(count, size=family.size, dtype=torch.float64)
+
+
+def statistics_of(family, supernet, **kwargs):
+    return measured(supernet, "label" if family.classes else "feature", batches_of(family), **kwargs)
+
+
+def without(branch, supernet):
+    """The full Widths, but for one branch that is gone."""
+    return Widths.from_flat([0 if b == branch else width for b, width in enumerate(full_widths(supernet).flat)])
 
 
 def some_widths(supernet, count=4):
     """Uneven widths, about a third of all branches gone; the last has none."""
-    generator = torch.Generator().manual_seed(3)
-    parts = [part for block in blocks_of(supernet) for part in block.parts]
-    for index in range(count):
-        shares = torch.rand(len(parts), generator=generator).tolist()
-        flat = [
-            0 if s < 0.3 else p.width if p.whole else max(int(s * p.width), 1)
-            for s, p in zip(shares, parts, strict=True)
-        ]
-        yield Widths.from_flat(flat if index + 1 < count else [0] * len(flat))
+    own, generator = branches(supernet), torch.Generator().manual_seed(3)
+    for _ in range(count - 1):
+        shares = zip(own, torch.rand(len(own), generator=generator).tolist(), strict=True)
+        yield Widths.from_flat(
+            [0 if s < 0.3 else b.full if b.indivisible else max(int(s * b.full), 1) for b, s in shares]
+        )
+    yield Widths.from_flat([0] * len(own))
 
 
-def output_of(model, images):
-    """Logits, or the pooled feature of a network without a classifier."""
-    return model.forward_head(model.forward_features(images))
-
-
-def measured(family, supernet, **kwargs):
-    objective = OBJECTIVES["label" if family.classes else "feature"]
-    return collect_statistics(supernet, batches_of(family), objective, CPU, **kwargs)
-
-
-def difference(first, second):
-    return ((first - second).abs().max() / first.abs().max()).item()
+def is_stock(module):
+    return isinstance(module, ZeroBranch) or type(module).__module__.startswith(("timm.", "torch.nn."))
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fused", [True, False])
 @every_family
-def test_full_width_is_bit_for_bit_timms_and_can_be_undone(family):
-    stock, images = family.build().double(), images_of(family)
-    supernet = as_supernet(copy.deepcopy(stock))
-    assert torch.equal(supernet(images), stock(images))
+def test_full_width_is_bit_for_bit_timms_and_can_be_undone(family, fused):
+    with fused_attention(fused):
+        stock, images = family.build(), random_images(4, size=family.size)
+    supernet, expected = as_supernet(copy.deepcopy(stock)), stock(images)
+    assert torch.equal(supernet(images), expected) and not torch.equal(stock(2 * images), expected)
     assert list(supernet.state_dict()) == list(stock.state_dict())
-    assert len({tuple(supernet(images).flatten().tolist()), tuple(stock(2 * images).flatten().tolist())}) == 2
+    supernet.load_state_dict(stock.state_dict(), strict=True)
     again = as_stock(supernet)
     assert [type(module) for module in again.modules()] == [type(module) for module in stock.modules()]
-    assert torch.equal(again(images), stock(images))
+    assert torch.equal(again(images), expected)
 
 
 @torch.no_grad()
 @every_family
 def test_sliced_equals_extracted_of_stock_modules(family):
-    supernet, images = as_supernet(family.build().double()), images_of(family)
+    supernet, images = built(family)
     whole = supernet(images)
     for widths in some_widths(supernet):
-        set_widths(supernet, widths)
-        sliced, network = supernet(images), peel.extract(supernet, widths)
-        assert difference(sliced, network(images)) < 1e-13
+        with at_widths(supernet, widths):
+            sliced = supernet(images)
+        subnet = extract(supernet, widths)
+        assert difference(sliced, subnet(images)) < 1e-13
         assert difference(sliced, whole) > 1e-3, "the widths made no difference"
-        strange = {type(module) for module in network.modules() if not is_stock(module)}
-        assert not strange or {cls.__name__ for cls in strange} == {"Gone"}, strange
-
-
-def is_stock(module):
-    return type(module).__module__.startswith(("timm.", "torch.nn."))
+        assert not {type(module) for module in subnet.modules() if not is_stock(module)}
 
 
 @pytest.mark.parametrize("basis", ["balanced", "pca"])
 @every_family
 def test_every_rewrite_preserves_the_function(family, basis):
-    supernet = as_supernet(family.build().double())
-    original, images = copy.deepcopy(supernet), images_of(family)
-    reparameterise(supernet, measured(family, supernet), basis)
+    supernet, images = built(family)
+    original = copy.deepcopy(supernet)
+    reparameterise(supernet, statistics_of(family, supernet), basis)
     with torch.no_grad():
         assert difference(original(images), supernet(images)) < 1e-9
-    for before, after in zip(blocks_of(original), blocks_of(supernet), strict=True):
-        assert family.heads != torch.equal(before.output("attn").weight, after.output("attn").weight)
-        assert not torch.equal(before.output("mlp").weight, after.output("mlp").weight)
+    for before, after in zip(branches(original), branches(supernet), strict=True):
+        changes = family.heads or before.name == "mlp"
+        assert torch.equal(before.output.weight, after.output.weight) != changes
 
 
 @torch.no_grad()
 @every_family
 def test_macs_equal_fvcores_and_parameters_those_that_are_there(family):
-    timm.layers.set_fused_attn(False)
-    try:
+    with fused_attention(False):
         supernet = as_supernet(family.build())
-    finally:
-        timm.layers.set_fused_attn(True)
-    shapes, image = Shapes.of(supernet), images_of(family, 1).float()
+    costs, image = Costs.of(supernet), random_images(1, size=family.size)
     for widths in [full_widths(supernet), *some_widths(supernet)]:
-        network = peel.extract(supernet, widths)
-        analysis = FlopCountAnalysis(network, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        assert shapes.macs(widths, MATMULS) == analysis.total()
-        assert shapes.parameters(widths) == sum(parameter.numel() for parameter in network.parameters())
+        subnet = extract(supernet, widths)
+        assert costs.macs(widths, MATMULS) == macs_by_fvcore(subnet, image)
+        assert costs.parameters(widths) == sum(parameter.numel() for parameter in subnet.parameters())
 
 
 @every_family
 def test_replayed_sensitivity_equals_a_direct_computation(family):
     if not family.classes:
         pytest.skip("sensitivity is measured on a classifier")
-    supernet, batches = as_supernet(family.build().double()), batches_of(family, 8)
-    _, without = branch_removal(supernet, batches, CPU)
-    full = full_widths(supernet).flat
-    for branch in (0, len(full) // 2 + 1, len(full) - 1):
-        set_widths(supernet, Widths.from_flat([0 if b == branch else width for b, width in enumerate(full)]))
-        value, _ = branch_removal(supernet, batches, CPU)
-        assert without[branch] == pytest.approx(value, rel=1e-12)
+    (supernet, _), batches = built(family), batches_of(family, 8)
+    _, replayed = branch_removal(supernet, batches)
+    for branch in (0, len(replayed) // 2 + 1, len(replayed) - 1):
+        with at_widths(supernet, without(branch, supernet)):
+            value, _ = branch_removal(supernet, batches)
+        assert replayed[branch] == pytest.approx(value, rel=1e-12)
 
 
+@torch.no_grad()
 @every_family
 def test_compensation_and_calibration_come_closer_to_the_full_network(family):
-    supernet = as_supernet(family.build().double())
-    memory = reparameterise(supernet, measured(family, supernet, hidden=True), mlp_order="greedy")
-    batches, images = batches_of(family), torch.cat([batch[0] for batch in batches_of(family)])
-    full = full_widths(supernet)
-    narrow = Widths(full.attn, tuple(width // 2 for width in full.mlp))
-    parts = [block.parts[1] for block in blocks_of(supernet)]
-    with torch.no_grad():
-        whole = output_of(supernet, images)
-        plain = peel.extract(supernet, narrow)
-        compensated = compensate(peel.extract(supernet, narrow), supernet, narrow, memory)
-        errors = [(output_of(net, images) - whole).square().sum().item() for net in (plain, compensated)]
-    if all(part.can("compensation") for part in parts):
-        assert errors[1] < 0.8 * errors[0]
-    calibrated = calibrate(copy.deepcopy(compensated), supernet, batches, OBJECTIVES["feature"], CPU)
-    error = (output_of(calibrated, images) - whole).square().sum().item()
-    if all(part.can("calibration") for part in parts):
-        assert error < errors[1]
+    (supernet, _), batches = built(family), batches_of(family)
+    compensation = rewritten(supernet, statistics_of(family, supernet, hidden=True), "balanced", "greedy")
+    images, full = torch.cat([batch[0] for batch in batches]), full_widths(supernet)
+    widths, whole = Widths(full.attn, tuple(width // 2 for width in full.mlp)), supernet(images)
+
+    def error(network):
+        return (network(images) - whole).square().sum().item()
+
+    def all_can(transform):
+        return all(branch.part.can(transform) for branch in branches(supernet)[1::2])
+
+    subnet = compensate(extract(supernet, widths), supernet, compensation)
+    compensated = error(subnet)
+    if all_can(Transform.COMPENSATION):
+        assert compensated < 0.8 * error(extract(supernet, widths))
+    calibrated = error(calibrate(subnet, supernet, batches, OBJECTIVES["feature"]))
+    if all_can(Transform.CALIBRATION):
+        assert calibrated < compensated
     else:
-        assert error == pytest.approx(errors[1], rel=1e-6)
-    unchanged = calibrate(peel.extract(supernet, full), supernet, batches, OBJECTIVES["feature"], CPU)
-    assert difference(whole, output_of(unchanged, images)) < 1e-6
+        assert calibrated == pytest.approx(compensated, rel=1e-6)
+    unchanged = calibrate(extract(supernet, full), supernet, batches, OBJECTIVES["feature"]).state_dict()
+    for name, value in supernet.state_dict().items():
+        assert torch.allclose(value, unchanged[name], atol=1e-9), f"{name} of the full network was refitted"
 
 
 @torch.no_grad()
 @every_family
 def test_the_mean_of_a_removed_branch_goes_where_it_is_exact(family):
     """A branch that gives a constant is replaced by its mean without any loss, unless patches are merged before it."""
-    supernet, images = as_supernet(family.build().double()), images_of(family)
-    blocks = blocks_of(supernet)
-    for branch in range(2 * len(blocks)):
+    supernet, images = built(family)
+    for branch in range(len(branches(supernet))):
         constant = copy.deepcopy(supernet)
-        block = blocks_of(constant)[branch // 2]
-        block.output(("attn", "mlp")[branch % 2]).weight.zero_()
-        with torch.enable_grad():
-            memory = reparameterise(constant, measured(family, constant, hidden=True))
-        widths = Widths.from_flat([0 if b == branch else w for b, w in enumerate(full_widths(constant).flat)])
-        set_widths(constant, full_widths(constant))
-        whole = constant(images)
-        network = compensate(peel.extract(constant, widths), constant, widths, memory)
+        branches(constant)[branch].output.weight.zero_()
+        compensation = rewritten(constant, statistics_of(family, constant, hidden=True))
+        subnet = compensate(extract(constant, without(branch, constant)), constant, compensation)
         merged = family.name.startswith("swin") and branch == 4
-        assert (difference(whole, network(images)) < 1e-9) != merged
+        assert (difference(constant(images), subnet(images)) < 1e-9) != merged
 
 
 @torch.no_grad()
 @every_family
 def test_saved_and_exported_networks_need_none_of_our_code(family, tmp_path, monkeypatch):
     """Save, ONNX and torch.export, each checked against PyTorch when it is written; and loaded again."""
-    kwargs = {name: value for name, value in family.kwargs.items() if name != "num_classes"}
-    monkeypatch.setitem(ALIASES, "small", (family.name, kwargs))
-    spec = ModelSpec("small", family.classes, family.size)
-    stock = spec.build()
-    stock.load_state_dict(family.build().state_dict())
-    supernet = as_supernet(stock)
+    monkeypatch.setitem(ALIASES, "small", (family.name, family.kwargs))
+    spec, supernet = ModelSpec("small", family.classes, family.size), as_supernet(family.build())
     widths = next(some_widths(supernet))
-    network = peel.extract(supernet, widths)
-    export.save(network, spec, widths, Shapes.of(supernet), tmp_path / "net", {}, 0.875, ["onnx", "pt2"])
-    again, images = load_subnetwork(tmp_path / "net"), images_of(family).float()
-    assert torch.equal(network(images), again(images))
+    subnet = extract(supernet, widths)
+    export.save(subnet, subnet_config(subnet, spec, widths, Costs.of(supernet), 0.875), tmp_path, ["onnx", "pt2"])
+    again, images = load_subnetwork(tmp_path), random_images(4, size=family.size)
+    assert torch.equal(subnet(images), again(images))
     assert list(timm.data.resolve_data_config(model=again)["input_size"]) == [3, family.size, family.size]
 
 
@@ -213,23 +204,21 @@ def test_saved_and_exported_networks_need_none_of_our_code(family, tmp_path, mon
 @every_family
 def test_another_input_size_is_resampled_as_timm_does(family, tmp_path, monkeypatch):
     """timm itself, given the same weights as a pre-trained file, is the reference."""
-    kwargs = {name: value for name, value in family.kwargs.items() if name != "num_classes"}
-    monkeypatch.setitem(ALIASES, "small", (family.name, kwargs))
+    monkeypatch.setitem(ALIASES, "small", (family.name, family.kwargs))
     size, state = family.size * 3 // 2, family.build().state_dict()
     torch.save(state, tmp_path / "weights.pth")
     ours = ModelSpec("small", family.classes, size).build()
     assert load_weights(ours, state, "a test") == []
     overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": family.classes, "custom_load": False}
-    arguments = kwargs | {"img_size": size, "num_classes": family.classes, "pretrained_cfg_overlay": overlay}
-    reference = timm.create_model(family.name, pretrained=True, **arguments)
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    arguments = family.kwargs | {"img_size": size, "num_classes": family.classes, "pretrained_cfg_overlay": overlay}
+    reference, images = timm.create_model(family.name, pretrained=True, **arguments), random_images(2, size=size)
     assert torch.equal(ours.eval()(images), reference.eval()(images))
 
 
 # ------------------------------------------------------------------------------------------ the stages' commands
 
-DIGITS = ["--data_set", "DIGITS", "--device", "cpu", "--num_workers", "0", "--batch_size", "128"]
-TRAINING = ["--epochs", "1", "--warmup_epochs", "0", "--no_model_ema", "--drop_path", "0"]
+DIGITS = ["--data-set", "DIGITS", "--device", "cpu", "--num-workers", "0", "--batch-size", "128"]
+TRAINING = ["--epochs", "1", "--warmup-epochs", "0", "--no-model-ema", "--drop-path", "0"]
 STAGED = {
     "Swin": SWIN | {"img_size": 16},
     "EVA-02 B": PLAIN | {"img_size": 14, "patch_size": 7},
@@ -248,53 +237,42 @@ def test_all_four_stages_with_the_same_commands(key, tmp_path, monkeypatch, caps
         script.main(script.get_args([str(option) for option in (*DIGITS, *options)]))
         return capsys.readouterr().out
 
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, tuned = (tmp_path / name for name in ("one", "two", "tuned"))
     printed = stage(
-        main_reparam,
-        "--model",
-        "small",
-        "--pretrained",
-        tmp_path / "start.pth",
-        "--proxy_samples",
-        128,
-        "--output_dir",
-        one,
-    )
-    for part in (part for block in blocks_of(store.load_supernet(one).model) for part in block.parts):
-        assert all(transform in printed and reason in printed for transform, reason in part.left_out.items())
+        main_reparam, "--model", "small", "--pretrained", tmp_path / "start.pth", "--proxy-samples", 128,
+        "--output-dir", one,
+    )  # fmt: skip
+    for branch in branches(load_supernet(one).supernet):
+        assert all(what.value in printed and reason in printed for what, reason in branch.part.left_out.items())
     stage(
-        main_train, "--model", "small", "--pretrained", one / "reparamed.pth", "--mask_table", "none",
-        "--proxy_samples", 64, "--grow_epochs", 1, "--drop_ratio", 0.6, "--output_dir", two, *TRAINING,
+        main_train, "--model", "small", "--pretrained", one / "reparamed.pth", "--mask-table", "none",
+        "--proxy-samples", 64, "--grow-epochs", 1, "--drop-ratio", 0.6, "--output-dir", two, *TRAINING,
     )  # fmt: skip
     for folder in (one, two):
         printed = stage(
-            main_test, "--checkpoint", folder, "--macs_ratio", 0.5, "--finer", "--plot", "--output_dir", folder
+            main_test, "--checkpoint", folder, "--macs-ratio", 0.5, "--finer", "--plot", "--output-dir", folder
         )
-        (row,) = json.loads((folder / "results.json").read_text())["rows"]
-        net = store.load_supernet(folder)
-        assert row["macs"] <= 0.5 * net.shapes.macs(net.shapes.full) and row["top1"] > 0 and "knowledge.png" in printed
-    tuned = tmp_path / "tuned"
-    stage(main_finetune_peeled, "--checkpoint", two, "--macs_ratio", 0.5, "--output_dir", tuned, *TRAINING)
-    stage(main_test, "--checkpoint", tuned, "--output_dir", tuned)
+        (row,), costs = json.loads((folder / "results.json").read_text())["rows"], load_supernet(folder).costs
+        assert row["macs"] <= 0.5 * costs.macs(costs.full) and row["top1"] > 0 and "knowledge.png" in printed
+    stage(main_finetune_peeled, "--checkpoint", two, "--macs-ratio", 0.5, "--output-dir", tuned, *TRAINING)
+    stage(main_test, "--checkpoint", tuned, "--output-dir", tuned)
     assert json.loads((tuned / "results.json").read_text())["rows"][0]["widths"] is not None
 
 
-def test_chosen_parts_are_left_alone(tmp_path, monkeypatch):
-    """--skip_blocks, --only and --min_width: neither rewritten nor cut, and nothing below the least width."""
-    options = [*DIGITS, "--model", "vit_digits", "--pretrained", str(tmp_path / "start.pth"), "--proxy_samples", "64"]
-    torch.manual_seed(0)
-    torch.save(ModelSpec("vit_digits", 10).build().state_dict(), tmp_path / "start.pth")
-    start = torch.load(tmp_path / "start.pth")
-    for flags, alone in ((["--skip_blocks", "1", "3"], {2, 3, 6, 7}), (["--only", "mlp"], {0, 2, 4, 6})):
+def test_chosen_parts_are_left_alone(tmp_path, start):
+    """--skip-blocks, --only and --min-width: neither rewritten nor cut, and nothing below the least width."""
+    options = [*DIGITS, "--model", "vit_digits", "--pretrained", str(start), "--proxy-samples", "64"]
+    before = torch.load(start)
+    for flags, alone in ((["--skip-blocks", "1", "3"], {2, 3, 6, 7}), (["--only", "mlp"], {0, 2, 4, 6})):
         folder = tmp_path / flags[0]
-        main_reparam.main(main_reparam.get_args([*options, *flags, "--min_width", "0.3", "--output_dir", str(folder)]))
+        main_reparam.main(main_reparam.get_args([*options, *flags, "--min-width", "0.3", "--output-dir", str(folder)]))
         after, steps = torch.load(folder / "reparamed.pth"), WidthTable.load(folder / "mask_table.json").steps
         for branch, (full, last) in enumerate(zip(steps[0].flat, steps[-1].flat, strict=True)):
             name = f"blocks.{branch // 2}.{('attn.proj', 'mlp.fc2')[branch % 2]}.weight"
-            assert torch.equal(start[name], after[name]) == (branch in alone)
+            assert torch.equal(before[name], after[name]) == (branch in alone)
             assert last == full if branch in alone else last >= 0.3 * full
         least = Widths.from_flat([w if b in alone else -(-3 * w // 10) for b, w in enumerate(steps[0].flat)])
-        assert steps[-1] == Groups.of(steps[0], None, least).least, "the table ends at the least widths"
+        assert steps[-1] == Units.of(steps[0], None, least).least, "the table ends at the least widths"
 
 
 def test_python_m_models_tells_what_a_model_offers_and_why_another_has_nothing(capsys, monkeypatch):
@@ -311,8 +289,8 @@ def test_every_kind_has_its_row_in_the_documentation():
     text = (ROOT / "docs" / "families.md").read_text()
     for table in (MODELS, BLOCKS, ATTENTION, MLPS):
         for cls in table:
-            assert f"`{class_name(cls)}`" in text, cls
-    assert all(transform in text for transform in TRANSFORMS)
+            assert f"`{overview.class_name(cls)}`" in text, cls
+    assert all(transform.value in text for transform in Transform)
     for family in FAMILIES:
         assert family in text, f"no row names {family}"
 
@@ -326,20 +304,19 @@ def test_every_kind_has_its_row_in_the_documentation():
 def test_a_mean_that_finds_no_bias_is_lost_and_nothing_else(branch, kwargs):
     """Norms without a bias: what is cut computes what the super-network does without the branch."""
     family = Family("vit_small_patch16_224", PLAIN | kwargs)
-    supernet, images = as_supernet(family.build().double()), images_of(family)
-    with torch.enable_grad():
-        memory = reparameterise(supernet, measured(family, supernet, hidden=True))
-    widths = Widths.from_flat([0 if b == branch else w for b, w in enumerate(full_widths(supernet).flat)])
-    network = compensate(peel.extract(supernet, widths), supernet, widths, memory)
-    set_widths(supernet, widths)
-    assert difference(supernet(images), network(images)) < 1e-12
+    supernet, images = built(family)
+    compensation = rewritten(supernet, statistics_of(family, supernet, hidden=True))
+    widths = without(branch, supernet)
+    subnet = compensate(extract(supernet, widths), supernet, compensation)
+    with at_widths(supernet, widths):
+        assert difference(supernet(images), subnet(images)) < 1e-12
 
 
-def test_a_table_that_cuts_into_what_goes_as_a_whole_is_refused(tmp_path):
-    family = FAMILIES["BEiT"]
-    shapes = Shapes.of(as_supernet(family.build()))
-    table = WidthTable([shapes.full, Widths((8, 16, 16), shapes.full.mlp)])
+def test_a_table_that_cuts_into_what_goes_as_a_whole_is_refused():
+    model = FAMILIES["BEiT"].build()
+    costs = Costs.of(as_supernet(copy.deepcopy(model)))
+    table = WidthTable([costs.full, Widths((8, 16, 16), costs.full.mlp)])
     with pytest.raises(InputError, match=r"'0\.attn' step 1 keeps 8 of 16; in this model it can"):
-        table.check_fits(shapes.full, shapes.whole, "a test")
-    with pytest.raises(ValueError, match="can only be kept whole"):
-        narrow(family.build(), (8, 16, 16), shapes.full.mlp)
+        table.check_fits(costs, "a test")
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn: width 8 .* can only be kept at 16"):
+        narrow(model, (8, 16, 16), costs.full.mlp)

@@ -66,9 +66,8 @@ def folder(tmp_path):
 
 
 def data_args(shared_args, folder, data_set="IMNET", **changes):
-    args = named(training_args(shared_args, skip_bad_images=True, batch_size=4, repeated_aug=False), data_set, folder)
-    vars(args).update(changes)
-    return args
+    changes = {"skip_bad_images": True, "batch_size": 4, "proxy_samples": 12, "repeated_aug": False} | changes
+    return named(training_args(shared_args, **changes), data_set, folder)
 
 
 def loader_of(args, kind):
@@ -76,11 +75,9 @@ def loader_of(args, kind):
     if kind == "train":
         return datasets.train_loader(images, datasets.train_transform(args, CONFIG), args)
     transform = datasets.eval_transform(args, CONFIG)
-    return (
-        datasets.eval_loader(images, transform, args)
-        if kind == "eval"
-        else datasets.proxy_loader(images, transform, args, 12)
-    )
+    if kind == "eval":
+        return datasets.eval_loader(images, transform, args)
+    return datasets.proxy_loader(images, transform, args, "proxy_samples")
 
 
 @pytest.mark.parametrize("data_set", ["IMNET", "ImageFolder"])
@@ -92,7 +89,7 @@ def test_without_the_flag_the_file_is_named_in_one_line(kind, workers, data_set,
     with pytest.raises(InputError) as error:
         list(loader)
     message = str(error.value)
-    assert "\n" not in message and "--skip_bad_images" in message
+    assert "\n" not in message and "--skip-bad-images" in message
     assert any(name in message for name in ("cat/1.JPEG: not a", "eel/3.JPEG: not a"))
 
 
@@ -104,13 +101,9 @@ def test_in_evaluation_bad_images_are_left_out_and_counted(workers, shared_args,
     assert [len(labels) for _, labels, _ in batches] == [3, 4, 3]
     assert torch.cat([positions for *_, positions in batches]).tolist() == [0, *range(2, 11)]
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0] * 3 + [1] * 4 + [2] * 3
-    figures = evaluate(tiny_vit(), loader, torch.device("cpu"))
-    assert figures["images"] == 10
-    line = capsys.readouterr().out
-    assert line == (
-        f"evaluate: 2 image(s) could not be read and were skipped: {folder}/val/cat/1.JPEG, {folder}/val/eel/3.JPEG\n"
-    )
-    evaluate(tiny_vit(), loader, torch.device("cpu"))
+    names = f"{folder}/val/cat/1.JPEG, {folder}/val/eel/3.JPEG"
+    assert capsys.readouterr().out == f"evaluate: 2 image(s) could not be read and were skipped: {names}\n"
+    assert evaluate(tiny_vit(), loader, torch.device("cpu"))["images"] == 10
     assert not capsys.readouterr().out, "told once"
     (folder / "val" / "cat" / "2.JPEG").write_bytes(b"")
     evaluate(tiny_vit(), loader, torch.device("cpu"))
@@ -155,4 +148,4 @@ def test_labels_without_images_and_too_large_ones_are_refused():
     images = np.zeros((3, 8, 8), np.uint8)
     for labels in (np.zeros(2, np.uint8), np.array([0, 1, 10])):
         with pytest.raises(InputError, match="as many labels"):
-            datasets.ArrayDataset(images, labels, 10, "x")
+            datasets.ArrayDataset(images, labels, "x")

@@ -7,12 +7,16 @@ import pytest
 import torch
 from conftest import tiny_supernet
 
-from models import latency
-from models.cost import Shapes
-from models.store import SuperNet
-from models.supernet import full_widths
-from models.vit import ModelSpec
-from models.width_table import Budget, Widths, WidthTable
+import options
+from models.piad.width_table import WidthTable
+from models.subnet import latency
+from models.subnet.budget import Budget
+from models.subnet.latency import LatencyTable
+from models.subnet.store import SuperNetwork
+from models.vit.cost import Costs
+from models.vit.pretrained import ModelSpec
+from models.vit.supernet import full_widths
+from models.vit.widths import Widths
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -21,10 +25,14 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def net(tmp_path):
     """A super-network whose table has 21 steps of falling MLP width."""
-    model = tiny_supernet()
+    supernet = tiny_supernet()
     table = WidthTable([Widths((16,) * 3, (width,) * 3) for width in range(192, -1, -9)])
-    assert table.steps[0] == full_widths(model)
-    return SuperNet(model, ModelSpec("vit_tiny", 7), table, Shapes.of(model), tmp_path / "checkpoint_0.pth")
+    assert table.steps[0] == full_widths(supernet)
+    return SuperNetwork(supernet, ModelSpec("vit_tiny", 7), table, Costs.of(supernet), tmp_path / "checkpoint_0.pth")
+
+
+def milliseconds(mlp_width):
+    return 1 + 0.1 * mlp_width
 
 
 @pytest.fixture
@@ -35,64 +43,59 @@ def counted(monkeypatch):
     def fake(networks, device, conditions):
         widths = [network.blocks[0].mlp.fc1.out_features for network in networks]
         measured.extend(widths)
-        return [1 + 0.1 * width for width in widths]
+        return [milliseconds(width) for width in widths]
 
     monkeypatch.setattr(latency, "measure", fake)
     return measured
 
 
-def stopclock(net):
-    return latency.Stopclock(net, CPU, 2, "none")
+def beside(net, batch_size=2):
+    return LatencyTable.beside(net, CPU, batch_size, "none")
 
 
-def milliseconds(widths):
-    return 1 + 0.1 * widths.mlp[0]
+def choose(net, value):
+    return beside(net).choose(Budget("latency_ms", value), net.table)
 
 
 def test_the_largest_step_within_the_budget_is_found_with_few_measurements(net, counted):
     net.table.steps.pop()  # the last one has no MLP
     for value in (4.0, 10.05, 19.3, 20.2):
         counted.clear()
-        choice = stopclock(net).choose(Budget("latency_ms", value))
-        assert choice.latency_ms == milliseconds(choice.widths) <= value
-        assert choice.step == 0 or milliseconds(net.table.steps[choice.step - 1]) > value
+        choice = choose(net, value)
+        assert choice.latency_ms == milliseconds(choice.widths.mlp[0]) <= value
+        assert choice.step == 0 or milliseconds(net.table.steps[choice.step - 1].mlp[0]) > value
         assert len(counted) <= 8
         counted.clear()
-        assert stopclock(net).choose(Budget("latency_ms", value)) == choice and not counted, "remembered in the file"
+        assert choose(net, value) == choice and not counted, "remembered in the file"
     for value in (0.5, 25):
-        with pytest.raises(InputError, match=r"--latency_ms .*networks from 2.2 to 20.2"):
-            stopclock(net).choose(Budget("latency_ms", value))
+        with pytest.raises(InputError, match=r"^latency_ms .*networks from 2.2 to 20.2"):
+            choose(net, value)
 
 
-def test_the_file_says_what_it_holds_for_and_serves_elsewhere(net, counted, tmp_path):
-    clock = stopclock(net)
-    clock.measure(net.table.steps[0:20:5])
+def test_the_file_says_what_it_holds_for_and_serves_that_elsewhere(net, counted, tmp_path):
+    beside(net).measure(net.table.steps[0:20:5])
     (path,) = tmp_path.glob("latency_*_batch2_16px_none.json")
     conditions = json.loads(path.read_text())["conditions"]
     assert conditions["batch_size"] == 2 and conditions["img_size"] == 16 and conditions["threads"] == 1
     args = Namespace(latency_device=str(path), latency_batch_size=1, finer=False, amp="none")
     counted.clear()
-    budgets = [Budget("latency_ms", 16.0), Budget("op_code", 2)]
-    within, exact = latency.choose(net, budgets, args, CPU)
+    within, exact = options.choose(net, [Budget("latency_ms", 16.0), Budget("op_code", 2)], args, CPU)
     assert (within.step, exact.step) == (5, 2) and within.latency_ms <= 16 and not counted
     with pytest.raises(InputError, match="must be cpu or cuda"):
-        latency.benchmark(net, [within], args, CPU)
+        options.benchmark(net, [within], args, CPU)
+    assert not beside(net, batch_size=4).points, "of another batch size"
+    net.table.steps = net.table.steps[1:4]
+    assert not beside(net).known(net.table), "of other networks"
 
 
-def test_another_batch_size_or_table_does_not_use_it(net, counted):
-    stopclock(net).measure([net.table.steps[0]])
-    assert not latency.Stopclock(net, CPU, 4, "none").latencies.points
-    net.table.steps[0] = net.table.steps[1]
-    assert not stopclock(net).latencies.known(net.table)
+DAMAGED = ["{", "[]", '{"points": [], "conditions": {"device": 1}}', '{"points": [{"ms": 1}]}']
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"points": [], "conditions": {"device": 1}}', '{"points": [{"ms": 1}]}']
-)
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_is_refused(content, tmp_path):
     (tmp_path / "latency_x.json").write_text(content)
     with pytest.raises(InputError, match=r"latency_x\.json: not a file of latencies"):
-        latency.LatencyTable.load(tmp_path / "latency_x.json")
+        LatencyTable.load(tmp_path / "latency_x.json")
 
 
 def test_every_network_gets_as_many_turns_and_the_median_counts(monkeypatch):
@@ -105,6 +108,6 @@ def test_every_network_gets_as_many_turns_and_the_median_counts(monkeypatch):
 
 
 def test_real_figures_are_saved_as_they_are_returned(net):
-    figures = stopclock(net).measure([net.table.steps[0], Widths((2, 0, 0), (9, 0, 0))])
+    figures = beside(net).measure([net.table.steps[0], Widths((2, 0, 0), (9, 0, 0))])
     assert all(ms > 0 for ms in figures)
-    assert list(stopclock(net).latencies.points.values()) == figures
+    assert list(beside(net).points.values()) == figures

@@ -3,23 +3,26 @@
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_supernet
-from hypothesis import given, settings
+from conftest import TINY_WIDTHS, tiny_supernet
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from models import piad
-from models.cost import Shapes
-from models.width_table import Budget, Widths, WidthTable
+from models.piad.dropout import grow
+from models.piad.importance import Units, drop_order, sensitivity, unit_importance
+from models.piad.width_table import WidthTable
+from models.subnet.budget import Budget
+from models.vit.cost import Costs
+from models.vit.widths import Widths
+from models.wpac.statistics import AttentionStatistics, MlpStatistics
 from utils import InputError
 
 # Derandomised: the same examples everywhere, so that a failure is no accident.
 modest = settings(max_examples=150, deadline=None, derandomize=True, database=None)
-SHAPES, FULL = Shapes.of(tiny_supernet()), Widths((16,) * 3, (192,) * 3)
-GROUPS = piad.Groups.of(FULL)
+COSTS, FULL, NOTHING = Costs.of(tiny_supernet()), TINY_WIDTHS[0], TINY_WIDTHS[-1]
+UNITS = Units.of(FULL)
 
 
 def refused_in_one_line(call):
@@ -83,7 +86,7 @@ def test_any_json_is_a_valid_table_or_refused(content):
     if table:
         assert_valid(table)
         assert WidthTable.from_json(table.to_json(), "x").steps == table.steps
-        refused_in_one_line(lambda: table.check_fits(FULL, [False] * 6, "x"))
+        refused_in_one_line(lambda: table.check_fits(COSTS, "x"))
 
 
 @modest
@@ -114,22 +117,23 @@ def test_any_text_is_refused(text):
 TABLE = WidthTable([
     FULL, Widths((16, 16, 14), (192,) * 3), Widths((8, 0, 14), (192, 96, 0)), Widths((2, 0, 0), (6, 0, 0)),
 ])  # fmt: skip
-COSTS = {
-    "macs": SHAPES.macs,
-    "params": SHAPES.parameters,
-    "macs_ratio": lambda widths: SHAPES.macs(widths) / SHAPES.macs(FULL),
+COST_OF = {
+    "macs": COSTS.macs,
+    "params": COSTS.parameters,
+    "macs_ratio": lambda widths: COSTS.macs(widths) / COSTS.macs(FULL),
 }
 numbers = (
     st.floats() | st.floats(0, 1.01) | st.integers(-(10**9), 10**9)
-    | st.sampled_from([cost(w) + d for cost in COSTS.values() for w in TABLE.steps for d in (-1, 0, 1)])
+    | st.sampled_from([cost(w) + d for cost in COST_OF.values() for w in TABLE.steps for d in (-1, 0, 1)])
 )  # fmt: skip
 
 
 @modest
-@given(st.sampled_from(list(COSTS)), numbers)
+@given(st.sampled_from(list(COST_OF)), numbers)
+@example("macs", math.nan)
 def test_a_budget_gives_the_largest_network_within_it_or_is_refused(kind, value):
-    budget, cost = Budget(kind, value), COSTS[kind]
-    choice = refused_in_one_line(lambda: budget.choose(TABLE, SHAPES))
+    budget, cost = Budget(kind, value), COST_OF[kind]
+    choice = refused_in_one_line(lambda: budget.choose(TABLE, COSTS))
     costs = [cost(widths) for widths in TABLE.steps]
     assert str(budget)
     if choice is None:
@@ -138,14 +142,14 @@ def test_a_budget_gives_the_largest_network_within_it_or_is_refused(kind, value)
         # A share is turned into MACs, which rounds once.
         step, most = choice.step, value * (1 + 1e-12)
         assert costs[step] <= most and (step == 0 or costs[step - 1] > value * (1 - 1e-12))
-        finer = budget.choose(TABLE, SHAPES, finer=True)
+        finer = budget.choose(TABLE, COSTS, finer=True)
         assert finer.step == step and costs[step] <= cost(finer.widths) <= most
 
 
 @modest
 @given(st.sampled_from(["op_code", "flops", "", None]), st.integers(-3, 6) | anything)
 def test_a_step_is_one_of_the_table_or_refused(kind, value):
-    choice = refused_in_one_line(lambda: Budget(kind, value).choose(TABLE, SHAPES))
+    choice = refused_in_one_line(lambda: Budget(kind, value).choose(TABLE, COSTS))
     if choice is not None:
         step = choice.step
         assert kind == "op_code" and type(step) is int
@@ -156,42 +160,41 @@ def test_a_step_is_one_of_the_table_or_refused(kind, value):
 
 # ------------------------------------------------------------------------------------------ growth
 
-units = st.floats() | st.sampled_from([0.0, 1.0, -1.0, 5e-324, 1e308])
+values = st.floats() | st.sampled_from([0.0, 1.0, -1.0, 5e-324, 1e308])
 
 
 @st.composite
 def importances(draw):
     """2L lists of numbers for the widths FULL, many of them equal, some of them no numbers."""
-    counts = [width // GROUPS.sizes[branch] for branch, width in enumerate(FULL.flat)]
-    pattern = draw(st.lists(units, min_size=1, max_size=9))
+    pattern = draw(st.lists(values, min_size=1, max_size=9))
     stride = draw(st.integers(1, 7))
     endless = itertools.cycle(pattern[::stride] + pattern)
-    return [[next(endless) for _ in range(count)] for count in counts]
+    return [[next(endless) for _ in range(count)] for count in UNITS.counts(FULL)]
 
 
 @modest
 @given(importances(), st.floats(-0.2, 1.2))
 def test_growth_reaches_the_target_by_whole_units_or_is_refused(importance, ratio):
-    steps, target = [FULL], SHAPES.macs(FULL) * (1 - ratio)
+    steps, target = [FULL], COSTS.macs(FULL) * (1 - ratio)
     finite = all(math.isfinite(value) for branch in importance for value in branch)
-    reachable = SHAPES.macs(Widths((0,) * 3, (0,) * 3)) <= target
-    if refused_in_one_line(lambda: piad.grow(steps, importance, GROUPS, SHAPES.macs, target) or True):
+    reachable = COSTS.macs(NOTHING) <= target
+    if refused_in_one_line(lambda: grow(steps, importance, UNITS, COSTS.macs, target) or True):
         assert finite and reachable
-        assert SHAPES.macs(steps[-1]) <= target
-        assert len(steps) == 1 or SHAPES.macs(steps[-2]) > target
+        assert COSTS.macs(steps[-1]) <= target
+        assert len(steps) == 1 or COSTS.macs(steps[-2]) > target
     else:
         assert not (finite and reachable), "refused though nothing was wrong"
         assert steps == [FULL], "refused after it had begun"
     assert_valid(WidthTable(steps))
     for before, after in itertools.pairwise(steps):
         (branch,) = (b for b in range(6) if before.flat[b] != after.flat[b])
-        assert after.flat[branch] % GROUPS.sizes[branch] == 0
+        assert after.flat[branch] % UNITS.sizes[branch] == 0
 
 
 @modest
-@given(st.lists(units, max_size=12))
+@given(st.lists(values, max_size=12))
 def test_the_order_of_a_branch_lets_every_unit_go_once(importance):
-    pools = piad.drop_order(importance)
+    pools = drop_order(importance)
     assert sum(size for _, size in pools) == len(importance) and all(size > 0 for _, size in pools)
 
 
@@ -200,39 +203,35 @@ def test_the_order_of_a_branch_lets_every_unit_go_once(importance):
 def test_a_list_goes_on_from_any_table_of_a_user_or_is_refused(attn, mlp):
     """A table read from a file may hold widths that are not made of whole units."""
     widths = Widths(attn, mlp)
-    whole = all(width % GROUPS.sizes[branch] == 0 for branch, width in enumerate(widths.flat))
-    statistics = [
-        SimpleNamespace(taylor_attn=torch.ones(3, 3, a), taylor_mlp=torch.ones(m))
-        for a, m in zip(attn, mlp, strict=True)
-    ]
-    importance = refused_in_one_line(
-        lambda: piad.unit_importance([1.0] * 6, statistics, widths, GROUPS, SHAPES.unit_costs())
-    )
+    whole = all(width % UNITS.sizes[branch] == 0 for branch, width in enumerate(widths.flat))
+    statistics = []
+    for a, m in zip(attn, mlp, strict=True):
+        statistics += [AttentionStatistics(torch.ones(3, 3, a), None), MlpStatistics(torch.ones(m), None)]
+    importance = refused_in_one_line(lambda: unit_importance([1.0] * 6, statistics, widths, UNITS, COSTS.units()))
     assert (importance is not None) == whole
     if importance:
         steps = [widths]
-        smallest = SHAPES.macs(Widths((0,) * 3, (0,) * 3))
-        piad.grow(steps, importance, GROUPS, SHAPES.macs, smallest)
-        assert steps[-1] == Widths((0,) * 3, (0,) * 3)
+        grow(steps, importance, UNITS, COSTS.macs, COSTS.macs(NOTHING))
+        assert steps[-1] == NOTHING
 
 
 @modest
 @given(st.integers(-1, 200), st.integers(-1, 5000), st.booleans(), st.floats(0, 1))
-def test_groups_of_any_widths_are_sensible_or_refused(head_width, hidden, whole, share):
+def test_units_of_any_widths_are_sensible_or_refused(head_width, hidden, indivisible, share):
     """At most 8 and 32 units that cover the width; equal ones where they divide it; and multiples of 8 once large."""
     full = Widths((head_width,), (hidden,))
     least = Widths((math.ceil(share * max(head_width, 0)),), (0,))
-    groups = refused_in_one_line(lambda: piad.Groups.of(full, [whole, False], least))
-    if groups is None:
+    units = refused_in_one_line(lambda: Units.of(full, [indivisible, False], least))
+    if units is None:
         assert head_width <= 0 or hidden <= 0
         return
-    for width, size, units in zip(full.flat, groups.sizes, (1 if whole else 8, 32), strict=True):
+    for width, size, most in zip(full.flat, units.sizes, (1 if indivisible else 8, 32), strict=True):
         count = math.ceil(width / size)
-        assert size >= 1 and count <= units and (count - 1) * size < width
-        assert size * units == width if width % units == 0 else size < 8 or size % 8 == 0
-    assert groups.counts(full) == [math.ceil(width / size) for width, size in zip(full.flat, groups.sizes, strict=True)]
-    kept = groups.least.attn[0]
-    assert least.attn[0] <= kept <= head_width and (kept % groups.sizes[0] == 0 or kept == head_width)
+        assert size >= 1 and count <= most and (count - 1) * size < width
+        assert size * most == width if width % most == 0 else size < 8 or size % 8 == 0
+    assert units.counts(full) == [math.ceil(width / size) for width, size in zip(full.flat, units.sizes, strict=True)]
+    kept = units.least.attn[0]
+    assert least.attn[0] <= kept <= head_width and (kept % units.sizes[0] == 0 or kept == head_width)
 
 
 @modest
@@ -240,27 +239,27 @@ def test_groups_of_any_widths_are_sensible_or_refused(head_width, hidden, whole,
 def test_growth_covers_uneven_widths_and_stops_at_the_least(head_width, hidden, share):
     full = Widths((head_width,), (hidden,))
     least = Widths((math.ceil(share * head_width),), (math.ceil(share * hidden),))
-    groups = piad.Groups.of(full, None, least)
+    units = Units.of(full, None, least)
     steps = [full]
-    importance = [list(range(count, 0, -1)) for count in groups.counts(full)]
-    piad.grow(steps, importance, groups, lambda widths: sum(widths.flat), sum(groups.least.flat))
-    assert steps[-1] == groups.least
+    importance = [list(range(count, 0, -1)) for count in units.counts(full)]
+    grow(steps, importance, units, lambda widths: sum(widths.flat), sum(units.least.flat))
+    assert steps[-1] == units.least
     for before, after in itertools.pairwise(steps):
         assert sum(after.flat) < sum(before.flat)
-        groups.counts(after)
+        units.counts(after)
 
 
 @modest
 @given(st.lists(st.floats(-1, 10), min_size=6, max_size=6), st.floats(0, 10))
 def test_sensitivity_is_never_negative(without, cost):
-    gammas = piad.sensitivity(cost, without)
+    gammas = sensitivity(cost, without)
     assert all(gamma >= 0 for gamma in gammas)
     assert [gamma > 0 for gamma in gammas] == [value - max(cost, 0) > 0 for value in without] or cost < 1e-11
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_cost_that_is_no_number_does_not_pass_for_an_importance(bad):
-    gammas = piad.sensitivity(1.0, [bad, *[2.0] * 5])
-    importance = [[gamma] * (w // GROUPS.sizes[b]) for b, (w, gamma) in enumerate(zip(FULL.flat, gammas, strict=True))]
+    gammas = sensitivity(1.0, [bad, *[2.0] * 5])
+    importance = [[gamma] * count for gamma, count in zip(gammas, UNITS.counts(FULL), strict=True)]
     with pytest.raises(InputError, match="block 0"):
-        piad.grow([FULL], importance, GROUPS, SHAPES.macs, SHAPES.macs(FULL) / 2)
+        grow([FULL], importance, UNITS, COSTS.macs, COSTS.macs(FULL) / 2)

@@ -3,18 +3,15 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
-from runs import CONTEXT, OPTIONS, child, log_of
+from runs import CONTEXT, OPTIONS, child, log_of, torchrun
 
-import main_train
 import utils
+from models.piad import dropout
 
 # The requirement, and with it the one bound on time in these tests: seconds from a rank's death to the end of the rest.
 DEATH_IS_NOTICED_IN = 60
@@ -38,34 +35,19 @@ note("begins")
 import main_train, utils
 from runs import once
 
-fit = main_train.fit
-def noted(run, *rest):
+epochs = main_train.TrainingRun.epochs
+def noted(run):
     note("trains", epoch=run.epoch)
-    fit(run, *rest)
-main_train.fit = noted
+    return epochs(run)
+main_train.TrainingRun.epochs = noted
 if rank == 1 and life == 0:
     die()
 if rank == 1:
     time.sleep(3)
 if rank == 1 and life == 1:
-    once(("engine", "_backward"), 13, die)
+    once([("engine", "_backward")], 13, die)
 utils.run_stage(main_train.main, main_train.get_args(sys.argv[2:]))
 """
-
-
-def torchrun(script, *words, restarts, timeout):
-    """(exit code, output) of two ranks under torchrun, none of which outlives the time limit."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-    process = subprocess.Popen(
-        [sys.executable, *command, script, *map(str, words)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-    )  # fmt: skip
-    try:
-        return process.communicate(timeout=timeout)[0], process.returncode
-    finally:
-        process.terminate()  # and not killed: torchrun ends its ranks
-        process.wait()
 
 
 def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(start, tmp_path):
@@ -149,13 +131,13 @@ def as_rank(rank, port):
     """Be one of two ranks, with statistics of its own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    measured = main_train.branch_removal
+    measured = dropout.branch_removal
 
     def skewed(*args):
         value, without = measured(*args)
         return value, without[::-1] if rank else without
 
-    main_train.branch_removal = skewed
+    dropout.branch_removal = skewed
 
 
 def test_ranks_that_grow_different_tables_stop_before_anything_is_written(start, tmp_path):

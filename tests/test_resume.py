@@ -1,48 +1,42 @@
 """Runs that are killed or told to stop, against one that is left alone: equal to the bit."""
 
+import itertools
 import os
 import random
 import shutil
 import signal
-import subprocess
 import threading
 
 import pytest
 import torch
-from runs import assert_same_run, log_of, signal_self, train, wrap
+from runs import assert_same_run, log_of, mount, once, signal_self, train, unmount
 
-import checkpoints
 import engine
+import training
 import utils
-from models.store import load_supernet
-from models.vit import read_checkpoint
-from models.width_table import Widths, WidthTable
+from models.piad.width_table import WidthTable
+from models.subnet.store import load_supernet
+from models.vit.pretrained import read_checkpoint
+from models.vit.widths import Widths
+
+# Where runs are disturbed: (module, function).
+BACKWARD, EVALUATE, RENAME = ("engine", "_backward"), ("main_train", "evaluate"), ("os", "replace")
+IMPORTANCE = ("models.piad.dropout", "branch_removal")
 
 
 def kill_after(events, delay):
     """SIGKILL this process ``delay`` seconds after it has done so many things."""
-    left = [events]
-
-    def count():
-        left[0] -= 1
-        if left[0] == 0:
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-    for module, name in (
-        ("engine", "_backward"), ("engine", "_finish_update"), ("main_train", "evaluate"),
-        ("main_train", "branch_removal"), ("torch", "save"), ("os", "replace"),
-    ):  # fmt: skip
-        wrap(module, name, count)
+    places = [BACKWARD, ("engine", "_finish_update"), EVALUATE, IMPORTANCE, ("torch", "save"), RENAME]
+    once(places, events, threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start)
 
 
 def die_while_writing(times):
     """SIGKILL this process when half of the ``times``-th checkpoint is on disk."""
-    original, left = torch.save, [times]
+    original, calls = torch.save, itertools.count(1)
 
     def save(content, file):
-        left[0] -= 1
         original(content, file)
-        if left[0] == 0:
+        if next(calls) == times:
             file.truncate(file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -59,23 +53,20 @@ def whole(start, tmp_path_factory):
 
 def test_the_whole_run_is_worth_comparing(whole):
     assert [record["epoch"] for record in log_of(whole)] == [0, 1, 2]
-    assert not list(whole.glob(".*")) and not (whole / checkpoints.MID_EPOCH_NAME).exists()
+    assert not list(whole.glob(".*")) and not (whole / training.MID_EPOCH_NAME).exists()
     moved = read_checkpoint(whole / "checkpoint_2.pth")["model"], read_checkpoint(whole / "checkpoint_1.pth")["model"]
     assert any(not torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
     assert load_supernet(whole).table.last > 20
 
 
-@pytest.mark.parametrize(
-    ("name", "patch"),
-    [
-        ("in the importance pass", (signal_self, ("main_train", "branch_removal"), 2, signal.SIGKILL)),
-        ("in evaluation", (signal_self, ("main_train", "evaluate"), 8, signal.SIGKILL)),
-        ("before the rename", (signal_self, ("os", "replace"), 4, signal.SIGKILL)),
-        ("half a checkpoint", (die_while_writing, 3)),
-        ("half a best checkpoint", (die_while_writing, 10)),
-    ],
-)
-def test_killed_at_the_worst_moments(name, patch, whole, start, tmp_path):
+@pytest.mark.parametrize("patch", [
+    pytest.param((signal_self, IMPORTANCE, 2, signal.SIGKILL), id="in the importance pass"),
+    pytest.param((signal_self, EVALUATE, 8, signal.SIGKILL), id="in evaluation"),
+    pytest.param((signal_self, RENAME, 4, signal.SIGKILL), id="before the rename"),
+    pytest.param((die_while_writing, 3), id="half a checkpoint"),
+    pytest.param((die_while_writing, 10), id="half a best checkpoint"),
+])  # fmt: skip
+def test_killed_at_the_worst_moments(patch, whole, start, tmp_path):
     assert train(tmp_path, start=start, patch=patch) == -signal.SIGKILL
     assert train(tmp_path, "--num-workers", "2", start=start) == 0
     assert_same_run(tmp_path, whole)
@@ -104,16 +95,13 @@ def test_killed_at_twenty_random_moments(seed, whole, start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "where"),
-    [
-        (signal.SIGTERM, (("engine", "_backward"), 7)),
-        (signal.SIGUSR1, (("main_train", "evaluate"), 9)),
-        (signal.SIGUSR1, (("main_train", "branch_removal"), 2)),
-    ],
+    ("where", "times", "number"),
+    [(BACKWARD, 7, signal.SIGTERM), (EVALUATE, 9, signal.SIGUSR1), (IMPORTANCE, 2, signal.SIGUSR1)],
 )
-def test_a_signal_ends_the_step_saves_and_says_so_by_its_exit_code(number, where, whole, start, tmp_path):
-    assert train(tmp_path, "--save-every-steps", "0", start=start, patch=(signal_self, *where, number)) == utils.STOPPED
-    assert (tmp_path / checkpoints.MID_EPOCH_NAME).exists()
+def test_a_signal_ends_the_step_saves_and_says_so_by_its_exit_code(where, times, number, whole, start, tmp_path):
+    patch = signal_self, where, times, number
+    assert train(tmp_path, "--save-every-steps", "0", start=start, patch=patch) == utils.STOPPED
+    assert (tmp_path / training.MID_EPOCH_NAME).exists()
     assert train(tmp_path, start=start) == 0
     assert_same_run(tmp_path, whole)
 
@@ -124,24 +112,23 @@ def test_a_signal_ends_the_step_saves_and_says_so_by_its_exit_code(number, where
 def test_auto_passes_over_what_is_damaged(whole, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
-    assert checkpoints.to_resume("auto", folder) == folder / "checkpoint_2.pth"
+    assert training.to_resume("auto", folder) == folder / "checkpoint_2.pth"
     content = (folder / "checkpoint_2.pth").read_bytes()
     (folder / "checkpoint_2.pth").write_bytes(content[: len(content) // 2])
-    assert checkpoints.to_resume("auto", folder) == folder / "checkpoint_1.pth"
+    assert training.to_resume("auto", folder) == folder / "checkpoint_1.pth"
     assert "passed over" in capsys.readouterr().out
-    assert checkpoints.to_resume("auto", tmp_path / "empty") is None
+    assert training.to_resume("auto", tmp_path / "empty") is None
     with pytest.raises(utils.InputError, match="--resume auto"):
-        checkpoints.to_resume(None, folder)
+        training.to_resume(None, folder)
 
 
 def test_a_mid_epoch_file_counts_by_its_position(whole, tmp_path):
     content = read_checkpoint(whole / "checkpoint_1.pth")
-    for epoch, updates, newest in ((1, 3, True), (1, 0, False), (0, 5, False)):
+    for epoch, updates, expected in ((1, 3, "mid_epoch.pth"), (1, 0, "mid_epoch.pth"), (0, 5, "checkpoint_1.pth")):
         content["epoch"], content["position"]["updates"] = epoch, updates
-        torch.save(content, tmp_path / checkpoints.MID_EPOCH_NAME)
+        torch.save(content, tmp_path / training.MID_EPOCH_NAME)
         shutil.copy(whole / "checkpoint_1.pth", tmp_path)
-        expected = checkpoints.MID_EPOCH_NAME if newest or (epoch, updates) == (1, 0) else "checkpoint_1.pth"
-        assert checkpoints.to_resume("auto", tmp_path).name == expected
+        assert training.to_resume("auto", tmp_path).name == expected
 
 
 def test_a_table_of_another_run_is_noticed(whole, tmp_path):
@@ -162,9 +149,9 @@ def test_a_table_of_another_run_is_noticed(whole, tmp_path):
 
 def test_the_log_is_trimmed_to_what_was_saved(tmp_path):
     log = tmp_path / "log.txt"
-    checkpoints.trim_log(log, 3)
+    training.trim_log(log, 3)
     log.write_text('{"epoch": 0, "a": 1}\n{"epoch": 1}\n{"epoch": 2, "b')
-    checkpoints.trim_log(log, 1)
+    training.trim_log(log, 1)
     assert log.read_text() == '{"epoch": 0, "a": 1}\n'
 
 
@@ -177,16 +164,11 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
 
     def of_size(count):
-        folder.mkdir(exist_ok=True)
-        change = "remount," if folder.is_mount() else ""
-        command = ["mount", "-t", "tmpfs", "-o", f"{change}size={count}", "tmpfs", folder]
-        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("file systems cannot be mounted here")
+        mount(folder, f"{'remount,' if folder.is_mount() else ''}size={count}")
         return folder
 
     yield of_size
-    if folder.is_mount():
-        subprocess.run(["umount", folder], check=True)
+    unmount(folder)
 
 
 def test_a_disk_that_fills_up_costs_no_more_than_what_was_not_saved(whole, start, disk, tmp_path):
@@ -194,10 +176,10 @@ def test_a_disk_that_fills_up_costs_no_more_than_what_was_not_saved(whole, start
     folder, words = disk(size * 3 // 2), tmp_path / "words.txt"
     assert train(folder, "--save-every-steps", "0", start=start, words=words) == 2
     said = words.read_text().splitlines()
-    assert said[-1] == f"error: {folder / checkpoints.BEST_NAME}: cannot be written (No space left on device)"
+    assert said[-1] == f"error: {folder / training.BEST_NAME}: cannot be written (No space left on device)"
     assert "Traceback" not in " ".join(said)
     assert {path.name for path in folder.iterdir()} == {"checkpoint_0.pth", "mask_table.json", "log.txt"}
-    assert checkpoints.to_resume("auto", folder) == folder / "checkpoint_0.pth"
+    assert training.to_resume("auto", folder) == folder / "checkpoint_0.pth"
     assert load_supernet(folder, model="vit_digits").table.last > 0
     disk(size * 6)
     assert train(folder, start=start) == 0
@@ -208,19 +190,13 @@ def test_a_disk_that_fills_up_costs_no_more_than_what_was_not_saved(whole, start
 
 
 def test_bad_losses_are_skipped_and_counted_up_to_the_allowed_number(start, tmp_path):
-    code = train(tmp_path / "one", "--skip-nonfinite", "1", start=start, patch=(poison, 5))
-    assert code == 0
+    assert train(tmp_path / "one", "--skip-nonfinite", "1", start=start, patch=(poison, 5)) == 0
     assert [record.get("train_skipped", 0) for record in log_of(tmp_path / "one")] == [1, 1, 1]
     assert train(tmp_path / "none", start=start, patch=(poison, 5)) == 2
-    assert read_checkpoint(tmp_path / "none" / checkpoints.MID_EPOCH_NAME)["position"]["updates"] == 4
+    assert read_checkpoint(tmp_path / "none" / training.MID_EPOCH_NAME)["position"]["updates"] == 4
 
 
 def poison(times):
     """Make the ``times``-th loss of this process infinite."""
-    original, left = engine._backward, [times]
-
-    def backward(*args):
-        left[0] -= 1
-        return original(*args) * (float("inf") if left[0] == 0 else 1.0)
-
-    engine._backward = backward
+    original, calls = engine._backward, itertools.count(1)
+    engine._backward = lambda *args: original(*args) * (float("inf") if next(calls) == times else 1.0)

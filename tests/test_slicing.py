@@ -1,73 +1,47 @@
-"""Sliced == extracted == zero-masked, stock modules only, and the full width is timm's own network."""
+"""Sliced == extracted == zero-masked, stock modules only, and a super-network that behaves like any other module."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import timm
 import torch
 from conftest import TINY_WIDTHS, random_images, tiny_supernet, tiny_vit
+from families import FAMILIES
 
-from models import peel
-from models.supernet import as_supernet, full_widths, set_widths
-from models.width_table import Widths
+from models.subnet.extract import extract
+from models.vit.supernet import as_supernet, at_widths, current_widths, full_widths, set_widths
+from models.vit.widths import Widths
 from utils import InputError
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"])
-def test_full_width_is_bit_for_bit_timms(name, fused):
-    timm.layers.set_fused_attn(fused)
-    try:
-        torch.manual_seed(0)
-        stock = timm.create_model(name, img_size=32, num_classes=5, depth=2).eval()
-    finally:
-        timm.layers.set_fused_attn(True)
-    supernet = as_supernet(copy.deepcopy(stock))
-    assert supernet.state_dict().keys() == stock.state_dict().keys()
-    supernet.load_state_dict(stock.state_dict(), strict=True)
-    images = random_images(3, size=32)
-    assert torch.equal(supernet(images), stock(images))
 
 
 def masked(supernet, widths):
     """The full-width network with the weights of all that is dropped set to zero."""
     model = copy.deepcopy(supernet)
     set_widths(model, full_widths(model))
-    with torch.no_grad():
-        for block, attn, mlp in zip(model.blocks, widths.attn, widths.mlp, strict=True):
-            heads, width = block.num_heads, block.attn.qkv.width
-            block.attn.qkv.weight.view(3 * heads, width, -1)[:, attn:] = 0
-            block.attn.qkv.bias.view(3 * heads, width)[:, attn:] = 0
-            block.attn.proj.weight.view(-1, heads, width)[:, :, attn:] = 0
-            block.mlp.fc2.weight[:, mlp:] = 0
-            if attn == 0:
-                block.attn.proj.bias.zero_()
-            if mlp == 0:
-                block.mlp.fc2.bias.zero_()
+    for block, attn, mlp in zip(model.blocks, widths.attn, widths.mlp, strict=True):
+        block.attn.qkv.weight.view(9, 16, -1)[:, attn:] = 0
+        block.attn.qkv.bias.view(9, 16)[:, attn:] = 0
+        block.attn.proj.weight.view(-1, 3, 16)[:, :, attn:] = 0
+        block.mlp.fc2.weight[:, mlp:] = 0
+        block.attn.proj.bias *= attn > 0
+        block.mlp.fc2.bias *= mlp > 0
     return model
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("widths", TINY_WIDTHS)
-def test_sliced_equals_extracted_equals_masked(widths):
-    supernet = tiny_supernet().double()
-    images = random_images(4, dtype=torch.float64)
-    set_widths(supernet, widths)
-    sliced = supernet(images)
-    extracted = peel.extract(supernet, widths)(images)
-    assert torch.allclose(sliced, extracted, rtol=0, atol=1e-12)
+def test_sliced_equals_masked_equals_extracted_of_stock_modules_and_own_weights(widths):
+    supernet, images = tiny_supernet().double(), random_images(4, dtype=torch.float64)
+    with at_widths(supernet, widths):
+        sliced = supernet(images)
+    before, subnet = copy.deepcopy(supernet.state_dict()), extract(supernet, widths)
+    assert torch.allclose(sliced, subnet(images), rtol=0, atol=1e-12)
     assert torch.allclose(sliced, masked(supernet, widths)(images), rtol=0, atol=1e-10)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("widths", TINY_WIDTHS)
-def test_extracted_networks_consist_of_stock_modules_alone(widths):
-    supernet = tiny_supernet()
-    before = copy.deepcopy(supernet.state_dict())
-    network = peel.extract(supernet, widths)
-    for module in network.modules():
+    for module in subnet.modules():
         assert type(module).__module__.startswith(("timm.", "torch.nn.")), type(module)
-    for parameter in network.parameters():
+    for parameter in subnet.parameters():
         parameter.fill_(7)
     assert all(torch.equal(before[name], value) for name, value in supernet.state_dict().items()), "shares weights"
 
@@ -76,30 +50,24 @@ def test_gradients_of_a_sliced_network_reach_the_kept_prefix_alone():
     supernet = tiny_supernet()
     set_widths(supernet, Widths((4, 0, 16), (192, 12, 0)))
     supernet(random_images(2)).square().sum().backward()
-    gradient = supernet.blocks[0].attn.qkv.whole("weight").grad.view(9, 16, 48)
+    first, second, third = supernet.blocks
+    gradient = first.attn.qkv.weight.grad.view(9, 16, 48)
     assert gradient[:, :4].abs().sum() > 0 and gradient[:, 4:].abs().sum() == 0
-    assert supernet.blocks[1].attn.qkv.whole("weight").grad is None
-    assert supernet.blocks[1].mlp.fc2.whole("weight").grad[:, 12:].abs().sum() == 0
-    assert supernet.blocks[2].mlp.fc1.whole("weight").grad is None
-
-
-def test_peeled_description_round_trip():
-    from models.vit import ModelSpec
-
-    spec, widths = ModelSpec("vit_digits", 10), Widths((16, 8, 0, 0), (256, 0, 8, 0))
-    network = peel.extract(as_supernet(spec.build()), widths)
-    content = {"peeled": peel.describe(spec, widths), "model": network.state_dict()}
-    again, spec_again, widths_again = peel.load_peeled(content, "a test")
-    images = random_images(2)
-    assert (spec_again, widths_again) == (spec, widths)
-    assert torch.equal(network(images), again.eval()(images))
+    assert second.attn.qkv.weight.grad is None and third.mlp.fc1.weight.grad is None
+    assert second.mlp.fc2.weight.grad[:, 12:].abs().sum() == 0
 
 
 def test_widths_that_do_not_fit_are_refused():
-    supernet = tiny_supernet()
-    for widths in (Widths((16, 16), (192, 192)), Widths((17, 16, 16), (192,) * 3), Widths((-1, 16, 16), (192,) * 3)):
+    normed = as_supernet(tiny_vit(scale_attn_norm=True))
+    set_widths(normed, Widths((16, 0, 16), (192, 7, 0)))
+    for supernet, attn in (
+        (tiny_supernet(), (16, 16)), (tiny_supernet(), (17, 16, 16)), (tiny_supernet(), (-1, 16, 16)),
+        (normed, (8, 16, 16)),  # attention that can only be kept as a whole
+    ):  # fmt: skip
+        before = current_widths(supernet)
         with pytest.raises(ValueError, match="widths"):
-            set_widths(supernet, widths)
+            set_widths(supernet, Widths(attn, (192,) * len(attn)))
+        assert current_widths(supernet) == before
 
 
 @pytest.mark.parametrize(
@@ -114,8 +82,48 @@ def test_models_that_cannot_be_cut_are_refused_by_what_they_have(name, named):
         as_supernet(model)
 
 
-def test_attention_that_goes_as_a_whole_has_no_width_in_between():
-    supernet = as_supernet(tiny_vit(scale_attn_norm=True))
-    set_widths(supernet, Widths((16, 0, 16), (192, 7, 0)))
-    with pytest.raises(ValueError, match="widths"):
-        set_widths(supernet, Widths((8, 16, 16), (192,) * 3))
+# ------------------------------------------------------------------------------------------ like any other module
+
+
+@pytest.fixture(params=["DeiT", "BEiT"])
+def cut(request):
+    """(super-network with a branch of two blocks off, its widths): of plain blocks, and of blocks with gamma_1."""
+    family = FAMILIES[request.param]
+    supernet, widths = as_supernet(family.build()), Widths((4 if family.heads else 16, 0, 16), (4, 192, 0))
+    set_widths(supernet, widths)
+    return supernet, widths
+
+
+@torch.no_grad()
+def test_a_super_network_is_pickled_copied_and_printed_at_its_widths(cut):
+    (supernet, widths), images, file = cut, random_images(2, size=32), io.BytesIO()
+    torch.save(supernet, file)
+    file.seek(0)
+    sliced, full = supernet(images), full_widths(supernet)
+    with at_widths(supernet, full):
+        whole = supernet(images)
+    pickled, saved = pickle.loads(pickle.dumps(supernet)), torch.load(file, weights_only=False)
+    for again in (pickled, saved, copy.deepcopy(supernet)):
+        assert current_widths(again) == widths and torch.equal(again(images), sliced)
+        set_widths(again, full)
+        assert torch.equal(again(images), whole) and current_widths(supernet) == widths
+    assert "kept=4 of 192" in str(supernet) and ("kept=4 of 16)" in str(supernet)) == (widths.attn[0] == 4)
+
+
+def test_a_compiled_super_network_follows_its_widths(cut):
+    (supernet, widths), images = cut, random_images(2, size=32)
+    compiled = torch.compile(supernet, backend="aot_eager", fullgraph=True)
+    for now in (widths, full_widths(supernet), Widths((16,) * 3, (96, 12, 192))):
+        set_widths(supernet, now)
+        assert torch.equal(compiled(images), supernet(images))
+
+
+def test_widths_are_put_back_after_an_exception(cut, monkeypatch):
+    supernet, widths = cut
+    with pytest.raises(ZeroDivisionError), at_widths(supernet, full_widths(supernet)):
+        raise ZeroDivisionError
+    assert current_widths(supernet) == widths
+    monkeypatch.setattr("models.subnet.extract.narrow_block", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        extract(supernet, full_widths(supernet))
+    assert current_widths(supernet) == widths

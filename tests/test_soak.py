@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from runs import assert_same_run, begin
 
-import checkpoints
 import utils
+from training import TrainingRun
 
 SECONDS = 600
 EPOCHS = 60  # of a run; when it is done, the next one starts, until the time is over
@@ -28,10 +28,10 @@ OPTIONS = ["--epochs", str(EPOCHS), "--num-workers", "1", "--save-every-steps", 
 
 def sampled(notes):
     """Note what this process occupies after each epoch: kB of memory, now and at most, open files, processes."""
-    save_epoch = checkpoints.Run.save_epoch
+    save_epoch = TrainingRun._save_epoch
 
-    def noted(run, *args, **more):
-        save_epoch(run, *args, **more)
+    def noted(run, best):
+        save_epoch(run, best)
         lines = Path("/proc/self/status").read_text().splitlines()
         memory = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmRSS", "VmHWM"))}
         children = [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
@@ -40,7 +40,7 @@ def sampled(notes):
             record = {"pid": os.getpid(), "epoch": run.epoch - 1, "files": files, "children": children}
             file.write(json.dumps(record | memory) + "\n")
 
-    checkpoints.Run.save_epoch = noted
+    TrainingRun._save_epoch = noted
 
 
 def read_notes(notes):

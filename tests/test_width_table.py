@@ -6,25 +6,24 @@ import random
 import pytest
 from conftest import tiny_supernet
 
-from models.cost import Shapes
-from models.width_table import Budget, Widths, WidthTable, widen
+from models.piad.width_table import WidthTable
+from models.subnet.budget import Budget, widen
+from models.vit.cost import Costs
+from models.vit.widths import Widths
 from utils import InputError, quantity
 
+COSTS = Costs.of(tiny_supernet())
 TABLE = WidthTable(
     [Widths((16,) * 3, (192,) * 3), Widths((16, 16, 14), (192,) * 3), Widths((16, 16, 14), (192, 96, 192)),
      Widths((8, 0, 14), (192, 96, 0)), Widths((2, 0, 0), (6, 0, 0))]
 )  # fmt: skip
 
 
-def test_round_trip_in_the_published_layout():
+def test_round_trip_in_the_published_layout_of_which_not_all_is_needed():
     content = json.loads(TABLE.to_json())
     assert set(content) == {"meta"} | {f"{b}.{k}" for b in range(3) for k in ("attn", "mlp")}
     assert content["0.attn"] == {"0": 16, "1": 16, "2": 16, "3": 8, "4": 2, "-1": 2}
     assert WidthTable.from_json(TABLE.to_json(), "x").steps == TABLE.steps
-
-
-def test_member_order_meta_and_the_last_step_are_not_needed():
-    content = json.loads(TABLE.to_json())
     del content["meta"]
     for member in content.values():
         del member["-1"]
@@ -61,48 +60,38 @@ def test_bad_tables_are_refused_with_the_reason(message):
 
 
 def test_a_table_of_another_model_is_refused():
-    with pytest.raises(InputError, match="3 blocks, the model 2"):
-        TABLE.check_fits(Widths((16, 16), (192, 192)), [False] * 4, "x")
-    with pytest.raises(InputError, match="another model"):
-        TABLE.check_fits(Widths((32,) * 3, (192,) * 3), [False] * 6, "x")
+    for changes, message in (({"depth": 2}, "3 blocks, the model 2"), ({"embed_dim": 96}, "another model")):
+        with pytest.raises(InputError, match=message):
+            TABLE.check_fits(Costs.of(tiny_supernet(**changes)), "x")
 
 
-def test_a_budget_is_never_exceeded_and_the_largest_within_it_is_taken():
-    shapes = Shapes.of(tiny_supernet())
-    for kind, cost in (("macs", shapes.macs), ("params", shapes.parameters)):
-        costs = [cost(widths) for widths in TABLE.steps]
-        for budget in [*costs, *(c + 1 for c in costs[1:]), *(c - 1 for c in costs[:-1])]:
-            step = Budget(kind, budget).choose(TABLE, shapes).step
-            assert costs[step] <= budget
-            assert step == 0 or costs[step - 1] > budget
-        with pytest.raises(InputError, match="networks from"):
-            Budget(kind, costs[-1] - 1).choose(TABLE, shapes)
-        with pytest.raises(InputError, match="networks from"):
-            Budget(kind, costs[0] * 1.01).choose(TABLE, shapes)
-    assert Budget("macs_ratio", 1.0).choose(TABLE, shapes).step == 0
+@pytest.mark.parametrize(("kind", "cost"), [("macs", COSTS.macs), ("params", COSTS.parameters)])
+def test_a_budget_takes_the_largest_step_within_it_and_finer_widths_use_more_of_it(kind, cost):
+    costs, generator = [cost(widths) for widths in TABLE.steps], random.Random(0)
+    edges = [*costs, *(c + 1 for c in costs[1:]), *(c - 1 for c in costs[:-1])]
+    for budget in edges + [generator.randint(costs[-1], costs[0]) for _ in range(50)]:
+        coarse, fine = (Budget(kind, budget).choose(TABLE, COSTS, finer) for finer in (False, True))
+        step = coarse.step
+        assert step == fine.step and coarse.widths == TABLE.steps[step]
+        assert costs[step] <= cost(fine.widths) <= budget and (step == 0 or costs[step - 1] > budget)
+        assert fine.finer == (fine.widths != coarse.widths) and str(fine) == f"{step}{'+' * fine.finer}"
+        before = TABLE.steps[step - 1].flat if step else coarse.widths.flat
+        for branch, (low, width, high) in enumerate(zip(coarse.widths.flat, fine.widths.flat, before, strict=True)):
+            assert low <= width <= high and width % 2 == 0
+            more = [*fine.widths.flat[:branch], width + 2, *fine.widths.flat[branch + 1 :]]
+            assert width == high or cost(Widths.from_flat(more)) > budget
+    for budget in (costs[-1] - 1, costs[0] * 1.01):
+        with pytest.raises(InputError, match=f"^{kind} .*: out of reach; this table has networks from"):
+            Budget(kind, budget).choose(TABLE, COSTS)
+
+
+def test_budgets_by_share_and_by_step():
+    assert Budget("macs_ratio", 1.0).choose(TABLE, COSTS).step == 0
     for step in (-1, 4):
-        assert Budget("op_code", step).choose(TABLE, shapes).widths == TABLE.steps[4]
+        assert Budget("op_code", step).choose(TABLE, COSTS).widths == TABLE.steps[4]
     for step in (5, -2):
-        with pytest.raises(InputError, match="from 0 to 4"):
-            Budget("op_code", step).choose(TABLE, shapes)
-
-
-def test_finer_widths_use_more_of_the_budget_and_never_exceed_it():
-    shapes = Shapes.of(tiny_supernet())
-    generator = random.Random(0)
-    for kind, cost in (("macs", shapes.macs), ("params", shapes.parameters)):
-        for _ in range(50):
-            budget = generator.randint(cost(TABLE.steps[-1]), cost(TABLE.steps[0]))
-            coarse, fine = (Budget(kind, budget).choose(TABLE, shapes, finer) for finer in (False, True))
-            assert coarse.step == fine.step and cost(coarse.widths) <= cost(fine.widths) <= budget
-            assert fine.finer == (fine.widths != coarse.widths) and str(fine) == f"{fine.step}{'+' * fine.finer}"
-            if not fine.step:
-                continue
-            before = TABLE.steps[fine.step - 1].flat
-            for branch, (low, width, high) in enumerate(zip(coarse.widths.flat, fine.widths.flat, before, strict=True)):
-                assert low <= width <= high and width % 2 == 0
-                more = [*fine.widths.flat[:branch], width + 2, *fine.widths.flat[branch + 1 :]]
-                assert width == high or cost(Widths.from_flat(more)) > budget
+        with pytest.raises(InputError, match=f"op_code {step}: steps run from 0 to 4"):
+            Budget("op_code", step).choose(TABLE, COSTS)
 
 
 def test_finer_widths_are_multiples_of_8_where_the_tables_are():

@@ -12,13 +12,13 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from utils import InputError, human, run_stage, whole_file
+from utils import InputError, atomic_file, run_stage, with_unit
 
 
 def get_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("png", type=Path, help="the chart to write")
-    parser.add_argument("curves", nargs="+", help="LABEL=FOLDER, the --output_dir of a main_test.py run")
+    parser.add_argument("curves", nargs="+", help="LABEL=FOLDER, the --output-dir of a main_test.py run")
     parser.add_argument("--title", default="Accuracy against cost")
     return parser.parse_args()
 
@@ -39,7 +39,7 @@ def draw(curves, title, path):
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 
@@ -52,7 +52,7 @@ def main(args):
         print(f"({chr(97 + index)}) {label}")
     print("asked for         " + "".join(f"{f'({chr(97 + i)}) MACs':>12}{'top-1':>7}" for i in range(len(curves))))
     for index, budget in enumerate(asked[0]):
-        cells = (f"{human(rows[index]['macs']):>12}{rows[index]['top1']:7.2f}" for _, rows in curves)
+        cells = (f"{with_unit(rows[index]['macs']):>12}{rows[index]['top1']:7.2f}" for _, rows in curves)
         print(f"{budget:<18}" + "".join(cells))
     draw(curves, args.title, args.png)
     print(f"wrote {args.png}")

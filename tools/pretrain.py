@@ -1,4 +1,4 @@
-"""Train a small ViT from scratch, the network that stage 1 starts from where no published weights exist."""
+"""Train a small ViT from scratch, the network that stage 1 starts from if there are no published weights."""
 
 import sys
 from pathlib import Path
@@ -7,47 +7,49 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import utils
-from checkpoints import Run
-from engine import evaluate, fit, make_criterion
-from models.vit import ModelSpec
-from options import add_training_options, stage_parser
-from utils import InputError, say
+from engine import evaluate, make_criterion, train_one_epoch
+from models.vit.pretrained import ModelSpec
+from options import add_training_options, data_flags, required_model, stage_parser
+from training import TrainingRun
+from utils import print_once
 
 
 def get_args(argv=None):
     parser = stage_parser(__doc__)
     add_training_options(parser, epochs=60, lr=5e-4, min_lr=1e-5, warmup_epochs=5)
-    parser.add_argument_group("output").add_argument("--output_dir", default=None, help="output/pretrain/<model>")
+    add = parser.add_argument_group("files").add_argument
+    add("--output-dir", help="folder of checkpoints and log (default: output/pretrain/<model>)")
     return parser.parse_args(argv)
 
 
 def main(args):
     device = utils.start_up(args)
-    args.amp = utils.resolve_amp(args.amp, device)
-    if not args.model:
-        raise InputError("--model is required, for example vit_digits or vit_fashion")
+    required_model(args)
     images = datasets.load_images(args, train=True)
     spec = ModelSpec(args.model, args.nb_classes or datasets.count_classes(images), args.input_size)
-    datasets.check_classes(images, spec.num_classes, f"--nb_classes {args.nb_classes}")
-    model = spec.build(drop_path_rate=args.drop_path).to(device)
+    datasets.check_classes(images, spec.num_classes, f"--nb-classes {args.nb_classes}")
+    with utils.name_flag("--model"):
+        model = spec.build(drop_path_rate=args.drop_path).to(device)
     output = utils.output_folder(args.output_dir or Path("output/pretrain") / args.model)
     config = datasets.data_config(model)
     train = datasets.train_loader(images, datasets.train_transform(args, config), args)
-    test_images = datasets.load_images(args, train=False)
-    test = datasets.eval_loader(test_images, datasets.eval_transform(args, config), args)
+    test = datasets.eval_loader(datasets.load_images(args, train=False), datasets.eval_transform(args, config), args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
-    run = Run(model, args, device, len(train))
+    run = TrainingRun(model, args, device, len(train))
     run.resume(output)
 
-    def score():
-        top1 = evaluate(model, test, device, args.amp)["top1"]
-        return {"test_top1": top1}, top1
-
-    fit(run, train, criterion, output, score, mixup)
+    with run.files(output):
+        for epoch in run.epochs():
+            train.sampler.set_epoch(epoch, run.images_done())
+            figures, top1 = train_one_epoch(run, train, criterion, epoch, mixup), None
+            if run.evaluates(epoch):
+                top1 = evaluate(model, test, device, args.amp)["top1"]
+                figures["test_top1"] = top1
+            run.finish_epoch(figures, top1)
     weights = output / "pretrained.pth"
     utils.save_torch({"model": {name: value.cpu() for name, value in model.state_dict().items()}}, weights)
-    say(f"wrote {weights}; next:")
-    say(f"  python main_reparam.py --model {args.model} --pretrained {weights} --data_set {args.data_set}")
+    print_once(f"wrote {weights}; next:")
+    print_once(f"  python main_reparam.py --model {args.model} --pretrained {weights} {data_flags(args)}")
 
 
 if __name__ == "__main__":

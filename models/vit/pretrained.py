@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from models.supernet import check_supported
-from utils import InputError, first_line
+from models.vit.supernet import check_supported
+from utils import InputError, ModelError, first_line
 
 # Short names for the networks of the paper and for the two small ones that the data sets at hand can train.
 ALIASES = {
@@ -34,10 +34,8 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is needed to build a network of stock modules: a name, the number of classes and the image size.
-
-    ``name`` is an alias above or any timm name; ``img_size`` is in pixels, None for the model's own.
-    """
+    """What is needed to build a stock network. name: an alias above or a timm name; num_classes: 0 for no classifier;
+    img_size: in pixels (default: the model's own)."""
 
     name: str
     num_classes: int
@@ -49,29 +47,40 @@ class ModelSpec:
         return timm_name, fixed if self.img_size is None else fixed | {"img_size": self.img_size}
 
     def build(self, pretrained=False, **kwargs):
-        """timm's model. Raises InputError for an unknown name, a model that cannot be cut, or a size it cannot have."""
+        """timm's model. Raises ModelError for an unknown name, a model that cannot be cut, or a size it cannot have."""
         timm_name, arguments = self.timm_call()
-        fixed = ALIASES.get(self.name, (None, {}))[1]
         if not timm.is_model(timm_name):
-            raise InputError(
-                f"--model {self.name}: neither one of {', '.join(ALIASES)} nor a timm name; "
-                "timm.list_models('vit*') lists those"
+            raise ModelError(
+                f"{self.name}: neither one of {', '.join(ALIASES)} nor a timm name; timm.list_models('vit*') lists "
+                "those"
             )
+        at_size = self.name if self.img_size is None else f"{self.name} at {self.img_size} pixels"
         arguments = {"pretrained": pretrained, "num_classes": self.num_classes} | arguments | kwargs
         try:
             model = timm.create_model(timm_name, **arguments)
         except (TypeError, ValueError, AssertionError) as error:
             if pretrained:
                 raise
-            with torch.device("meta"):  # what cannot be cut at any size is told so
-                check_supported(timm.create_model(timm_name, **fixed), f"--model {self.name}: ")
-            given = "" if self.img_size is None else f" --input_size {self.img_size}"
-            raise InputError(f"--model {self.name}{given}: timm does not build it ({first_line(error)})") from None
-        check_supported(model, f"--model {self.name}: ")
+            self._check_supported_at_its_own_size()
+            raise ModelError(f"{at_size}: timm does not build it ({first_line(error)})") from None
+        _check_supported(model, self.name)
         patch = model.patch_embed.feat_ratio(as_scalar=True)
         if self.img_size is not None and self.img_size % patch:
-            raise InputError(f"--input_size {self.img_size}: not a multiple of the model's patches of {patch} pixels")
+            raise ModelError(f"{at_size}: not a multiple of the model's patches of {patch} pixels")
         return model
+
+    def _check_supported_at_its_own_size(self):
+        """What cannot be cut at any size is to be told so, and not that its size is wrong."""
+        timm_name, fixed = ALIASES.get(self.name, (self.name, {}))
+        with torch.device("meta"):
+            _check_supported(timm.create_model(timm_name, **fixed), self.name)
+
+
+def _check_supported(model, name):
+    try:
+        check_supported(model)
+    except InputError as error:
+        raise ModelError(f"{name}: {error}") from None
 
 
 def image_shape(model):
@@ -84,9 +93,6 @@ def default_num_classes(name):
     """The number of classes of the published weights of ``name``."""
     timm_name, _ = ALIASES.get(name, (name, {}))
     return timm.get_pretrained_cfg_value(timm_name, "num_classes") if timm.is_model(timm_name) else None
-
-
-# ------------------------------------------------------------------------------------------ weights
 
 
 def read_checkpoint(path):
@@ -158,17 +164,17 @@ def classes_of(state):
 
 
 def load_weights(model, state, source, replace_head=False):
-    """Load ``state`` strictly into ``model``; what depends on the image size is resampled to its own, as timm does.
+    """Load ``state`` strictly into ``model``. What depends on the image size is resampled, as timm does.
 
-    With ``replace_head`` a classifier of another size is left at its fresh initialisation. ``source`` is named in
-    errors. Returns a list of remarks for the user. Raises InputError if names or shapes do not fit.
+    replace_head: leave a classifier of another size at its fresh initialisation. source: the name in errors. Returns
+    a list of remarks for the user. Raises InputError if names or shapes do not fit, or a value is not finite.
     """
     own, remarks = model.state_dict(), []
-    # What fits as it is stays: timm's filters guess at older layouts, and weights without a classifier mislead some.
+    # Weights that fit are left alone: timm's filters guess at older layouts, and a missing classifier misleads some.
     if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
         try:
             state = _timms_filter(model)(dict(state), model)
-        except Exception as error:  # it reshapes by name, and fails in whatever way another network's tensors make it
+        except Exception as error:  # the filter reshapes by name: another network's tensors raise anything
             raise InputError(f"{source}: does not fit the model ({type(error).__name__}: {error})") from None
     head, own_head = ({n: v for n, v in s.items() if n.startswith(("head.", "head_dist."))} for s in (state, own))
     if replace_head and {n: v.shape for n, v in head.items()} != {n: v.shape for n, v in own_head.items()}:
@@ -201,9 +207,10 @@ def _timms_filter(model):
 
 
 def load_pretrained(spec, path=None, **kwargs):
-    """Build ``spec`` with pre-trained weights: from the file ``path``, else from timm's hub.
+    """Build ``spec`` with pre-trained weights: those of the file ``path``, or else those of timm's hub.
 
-    Returns (model, remarks). Raises InputError with what to download, and where to put it, if there is no network.
+    Returns (model, remarks for the user). Raises ModelError if there are no published weights or they cannot be
+    downloaded, and what ``ModelSpec.build``, ``read_checkpoint`` and ``load_weights`` raise.
     """
     if path:
         model = spec.build(**kwargs)
@@ -213,20 +220,20 @@ def load_pretrained(spec, path=None, **kwargs):
     timm_name, changes = ALIASES.get(spec.name, (spec.name, {}))
     published, cfg = default_num_classes(spec.name), timm.get_pretrained_cfg(timm_name)
     if changes or cfg is None or not (cfg.hf_hub_id or cfg.url):
-        raise InputError(f"--model {spec.name}: there are no published weights; give --pretrained FILE")
+        raise ModelError(f"{spec.name}: there are no published weights", needs_file=True)
     try:
         model = spec.build(pretrained=True, **kwargs)
     except Exception as error:  # the hub client, its HTTP library and the file system each have their own kinds
-        raise not_downloaded("--model", timm_name, "--pretrained", error) from None
+        raise not_downloaded(timm_name, error) from None
     changed = published != spec.num_classes
     return model, [f"the published classifier has {published} classes: replaced"] if changed else []
 
 
-def not_downloaded(flag, timm_name, instead, error):
-    """The InputError that says what to fetch, and how to give it, where timm's hub cannot be reached."""
+def not_downloaded(timm_name, error):
+    """The ModelError that says what to fetch where timm's hub cannot be reached."""
     cfg = timm.get_pretrained_cfg(timm_name)
-    return InputError(
-        f"{flag} {timm_name}: the published weights could not be downloaded ({type(error).__name__}). Fetch "
-        f"'{(cfg and cfg.hf_hub_id) or timm_name}' (model.safetensors, or DeiT's .pth) on a machine with a network and "
-        f"give it with {instead} FILE"
+    return ModelError(
+        f"{timm_name}: the published weights could not be downloaded ({type(error).__name__}); fetch "
+        f"'{(cfg and cfg.hf_hub_id) or timm_name}' (model.safetensors, or DeiT's .pth) on a machine with a network",
+        needs_file=True,
     )

@@ -5,16 +5,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.vit import ALIASES, default_num_classes, load_weights, not_downloaded, read_checkpoint
-from utils import InputError
+from models.vit.pretrained import ALIASES, default_num_classes, load_weights, not_downloaded, read_checkpoint
+from utils import ModelError
 
 
 class Distillation:
-    """Targets from a teacher, as in DeiT: ``kind`` 'soft' or 'hard' from the frozen ``network``, or 'inplace'
-    from the first sub-network of the same step (Universally Slimmable Networks), which is the full one.
+    """Targets from a teacher, as in DeiT.
 
-    The loss of a network is (1 - alpha) x the label's + alpha x the teacher's; temperature ``tau`` for soft targets.
-    ``prepare`` turns the student's images into the teacher's (size, mean and standard deviation).
+    kind: 'soft' or 'hard' from the frozen ``network``, or 'inplace' from the first sub-network of the same step, which
+    is the full one (Universally Slimmable Networks). The loss of a network is (1 - alpha) x the label's + alpha x the
+    teacher's, with temperature ``tau`` for soft targets. prepare: turns the student's images into the teacher's (size,
+    mean and standard deviation).
     """
 
     def __init__(self, kind, alpha, tau, network=None, prepare=None):
@@ -37,20 +38,20 @@ class Distillation:
 
 
 def load_teacher(name, num_classes, path=None):
-    """Any timm network (or an alias) of ``num_classes``, with the weights of the file ``path``, else timm's hub's.
+    """Any timm network (or an alias) of ``num_classes``, with the weights of the file ``path``, or else of timm's hub.
 
-    Raises InputError if there is no such network, its weights do not fit, or they cannot be downloaded.
+    Raises ModelError if there is no such network or its weights cannot be downloaded, InputError if they do not fit.
     """
     timm_name, changes = ALIASES.get(name, (name, {}))
     if not timm.is_model(timm_name):
-        raise InputError(f"--teacher_model {name}: neither one of {', '.join(ALIASES)} nor a timm name")
+        raise ModelError(f"{name}: neither one of {', '.join(ALIASES)} nor a timm name")
     if path:
         teacher = timm.create_model(timm_name, num_classes=num_classes, **changes)
         load_weights(teacher, read_checkpoint(path)["model"], path)
         return teacher
     if default_num_classes(name) != num_classes or changes:
-        raise InputError(f"--teacher_model {name}: no published weights for {num_classes} classes: --teacher_path FILE")
+        raise ModelError(f"{name}: there are no published weights for {num_classes} classes", needs_file=True)
     try:
         return timm.create_model(timm_name, pretrained=True)
     except Exception as error:  # as in load_pretrained
-        raise not_downloaded("--teacher_model", timm_name, "--teacher_path", error) from None
+        raise not_downloaded(timm_name, error) from None

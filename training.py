@@ -1,6 +1,7 @@
-"""A training run: all that training changes, saved so that a run that was stopped goes on as if it never had been."""
+"""A training run: all that training changes, saved so that a stopped run goes on as if it had never been stopped."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,27 +12,32 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from models.store import numbered_checkpoints
-from models.vit import load_weights, read_checkpoint
-from utils import InputError, say
+from models.subnet.store import numbered_checkpoints
+from models.vit.pretrained import load_weights, read_checkpoint
+from utils import InputError, print_once
 
-BEST_NAME, MID_EPOCH_NAME = "best_checkpoint.pth", "mid_epoch.pth"
+BEST_NAME, MID_EPOCH_NAME, LOG_NAME = "best_checkpoint.pth", "mid_epoch.pth", "log.txt"
 POSITION = ("updates", "losses", "loss_sum", "skipped")
 
 
-class Run:
-    """Model, optimiser, schedule, averaged weights and position of a training run.
+class TrainingRun:
+    """The model, optimiser, schedule, averaged weights and position of a training run, and its files.
 
     Position: ``epoch`` is under way and ``updates`` of its updates are done, with a mean loss of ``loss_sum /
     losses``; ``skipped`` counts updates left out for a non-finite loss. ``parallel`` is the model, wrapped for several
     ranks.
+
+        with run.files(output, more):       # a stop by a signal is saved
+            for epoch in run.epochs():      # from where the run stands
+                figures = train_one_epoch(run, ...)
+                run.finish_epoch(figures, score)
     """
 
     def __init__(self, model, args, device, batches_per_epoch):
         self.model, self.args, self.device = model, args, device
         self.updates_per_epoch = batches_per_epoch // args.accum_iter
         if not self.updates_per_epoch:
-            raise InputError(f"--accum_iter {args.accum_iter}: an epoch has {batches_per_epoch} batches")
+            raise InputError(f"--accum-iter {args.accum_iter}: an epoch has {batches_per_epoch} batches")
         # DeiT's rule: the rate is given for 512 images a step.
         self.batch = args.batch_size * args.accum_iter * utils.world_size()
         self.lr = args.lr if args.unscale_lr else args.lr * self.batch / 512
@@ -42,8 +48,8 @@ class Run:
         )  # fmt: skip
         self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.epoch, self.updates, self.skipped, self.max_accuracy = 0, 0, 0, 0.0
-        self.loss_sum, self.losses = torch.zeros((), device=device), 0
+        self.max_accuracy, self.skipped = 0.0, 0
+        self.begin_epoch(0)
         # A sub-network without a branch leaves that branch's parameters out of the backward pass.
         self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
 
@@ -63,15 +69,56 @@ class Run:
         self.loss_sum = mean * self.losses if utils.is_distributed() else self.loss_sum
         return mean.item()
 
-    def begin(self, epoch):
+    def begin_epoch(self, epoch):
         """Set the position to the start of ``epoch``."""
         self.epoch, self.updates, self.losses = epoch, 0, 0
         self.loss_sum = torch.zeros((), device=self.device)
 
-    # -------------------------------------------------------------------------------------- files
+    def epochs(self):
+        """The epochs that are left; the first may be under way."""
+        for epoch in range(self.epoch, self.args.epochs):
+            self.watch = utils.Stopwatch(self.device)
+            yield epoch
+
+    def images_done(self):
+        """The images of one rank that this epoch has had."""
+        return self.updates * self.args.accum_iter * self.args.batch_size
+
+    def evaluates(self, epoch):
+        """Whether ``epoch`` ends with an evaluation."""
+        return (epoch + 1) % self.args.eval_period == 0 or epoch + 1 == self.args.epochs
+
+    def finish_epoch(self, figures, score=None):
+        """Log the figures of the epoch that is under way, and write its checkpoint.
+
+        score: the number by which the best checkpoint is kept, or None if nothing can be compared.
+        """
+        best = score is not None and score > self.max_accuracy
+        self.max_accuracy = score if best else self.max_accuracy
+        record = {"epoch": self.epoch} | figures | {"seconds": round(self.watch.seconds(), 1)}
+        utils.append_json_line(record, self.output / LOG_NAME)
+        print_once(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}))
+        self.scheduler.step(self.epoch + 1)
+        self._save_epoch(best)
+
+    @contextmanager
+    def files(self, output, more=dict):
+        """Write into the folder ``output`` from here on. A stop by a signal is saved, and raises utils.Interrupted.
+
+        more: function without arguments that returns further members of a checkpoint.
+        """
+        self.output, self.more = output, more
+        utils.catch_signals()
+        trim_log(output / LOG_NAME, self.epoch)
+        try:
+            yield
+        except utils.Interrupted:
+            # Evaluation and importance change nothing that is saved, so whichever rank gets here can write.
+            self.save_mid_epoch()
+            raise
 
     def content(self):
-        """The layout of the published super-networks, whose 'epoch' is the last whole one, and the position."""
+        """The layout of the published super-networks, whose 'epoch' is the last complete one, and the position."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -83,6 +130,27 @@ class Run:
             "max_accuracy": self.max_accuracy,
             "position": {name: getattr(self, name) for name in POSITION},
         }
+
+    def _save_epoch(self, best):
+        """After a complete epoch: checkpoint_<epoch>.pth, and if it is the ``best`` that too; drop what it replaces.
+
+        The best is written first: a run stopped in between writes it again, and never has a record without its file.
+        """
+        done = self.epoch
+        self.begin_epoch(done + 1)
+        content = self.content() | self.more()
+        if best:
+            utils.save_torch(content, self.output / BEST_NAME)
+        utils.save_torch(content, self.output / f"checkpoint_{done}.pth")
+        if utils.is_main():
+            (self.output / MID_EPOCH_NAME).unlink(missing_ok=True)
+            for number, path in numbered_checkpoints(self.output).items():
+                if number <= done - self.args.keep_last:
+                    path.unlink()
+
+    def save_mid_epoch(self):
+        """Between two updates, or while evaluating after the last."""
+        utils.save_torch(self.content() | self.more(), self.output / MID_EPOCH_NAME)
 
     def resume(self, output):
         """Go on as ``--resume`` asks for. Returns (path, content) of the checkpoint; (None, {}) for a new run."""
@@ -101,46 +169,25 @@ class Run:
         if self.ema and content.get("model_ema"):
             self.ema.module.load_state_dict(content["model_ema"])
         self.scaler.load_state_dict(content.get("scaler") or {})
-        self.begin(content["epoch"] + 1)
+        self.begin_epoch(content["epoch"] + 1)
         self.max_accuracy = content.get("max_accuracy", 0.0)
         for name in POSITION:
             value = content.get("position", {}).get(name, getattr(self, name))
             setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
         return content
 
-    def save_epoch(self, output, best, **more):
-        """After a whole epoch: checkpoint_<epoch>.pth, and if it is the ``best`` that too; drop what it replaces.
-
-        The best is written first: a run stopped in between writes it again, and never has a record without its file.
-        """
-        done = self.epoch
-        self.begin(done + 1)
-        content = self.content() | more
-        if best:
-            utils.save_torch(content, output / BEST_NAME)
-        utils.save_torch(content, output / f"checkpoint_{done}.pth")
-        if utils.is_main():
-            (output / MID_EPOCH_NAME).unlink(missing_ok=True)
-            for number, path in numbered_checkpoints(output).items():
-                if number <= done - self.args.keep_last:
-                    path.unlink()
-
-    def save_mid_epoch(self, output, **more):
-        """Between two updates, or while evaluating after the last."""
-        utils.save_torch(self.content() | more, output / MID_EPOCH_NAME)
-
 
 def to_resume(resume, output):
-    """The checkpoint that ``--resume`` means: a file, or for 'auto' the newest in ``output`` that is whole, if any.
+    """The checkpoint that ``--resume`` means: a file, or for 'auto' the newest readable one in ``output``, if any.
 
-    Raises InputError where a new run would overwrite the checkpoints of an earlier one.
+    Raises InputError if a new run would overwrite the checkpoints of an earlier one.
     """
     found = numbered_checkpoints(output)
     if not resume and (found or (output / MID_EPOCH_NAME).exists()):
-        raise InputError(f"--output_dir {output}: holds checkpoints; go on with --resume auto, or take another folder")
+        raise InputError(f"--output-dir {output}: holds checkpoints; go on with --resume auto, or take another folder")
     if resume != "auto":
         return resume and Path(resume)
-    # A mid-epoch file is newer than all whole epochs, unless the run was stopped before it could be removed.
+    # A mid-epoch file is newer than all complete epochs, unless the run was stopped before it could be removed.
     positions = {output / MID_EPOCH_NAME: _position(output / MID_EPOCH_NAME)}
     for number in sorted(found, reverse=True):
         positions[found[number]] = _position(found[number])
@@ -149,7 +196,7 @@ def to_resume(resume, output):
     readable = {path: position for path, position in positions.items() if position}
     chosen = max(readable, key=readable.get, default=None)
     if not utils.all_the_same(str(chosen)):
-        raise InputError(f"--resume auto: not every rank finds {chosen}; --output_dir must be on shared storage")
+        raise InputError(f"--resume auto: not every rank finds {chosen}; --output-dir must be on shared storage")
     return chosen
 
 
@@ -161,7 +208,7 @@ def _position(path):
         content = read_checkpoint(path)
         return content["epoch"] + 1, content.get("position", {}).get("updates", 0)
     except (InputError, KeyError) as error:
-        say(f"note: passed over: {error}")
+        print_once(f"note: passed over: {error}")
         return None
 
 

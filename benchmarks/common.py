@@ -1,0 +1,177 @@
+"""What the benchmarks share: networks, cutting and reports. Importing it puts the repository on the path."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets
+import utils
+from models.piad.dropout import DropoutList, Growth, steps_by_error
+from models.piad.importance import Units
+from models.subnet.budget import Budget
+from models.subnet.extract import extract
+from models.vit.cost import Costs
+from models.vit.pretrained import ModelSpec
+from models.vit.supernet import as_supernet, branches
+from models.vit.widths import Widths
+from models.wpac.calibration import calibrate
+from models.wpac.compensation import compensate, compensation_of
+from models.wpac.rewrite import reparameterise
+from models.wpac.statistics import OBJECTIVES, collect_statistics
+
+DROP_RATIO = 0.875
+UNROTATED = ("random", "magnitude", "taylor", "hessian")
+
+
+def arguments(description, **flags):
+    """Read the command line. flags: {name: default}, which gives the type; a list of words holds all the choices."""
+    parser = utils.StageParser(description=description)
+    for name, default in flags.items():
+        several, word = isinstance(default, list), f"--{name.replace('_', '-')}"
+        one, nargs = (default[0], "*") if several else (default, None)
+        choices = default if several and isinstance(one, str) else None
+        parser.add_argument(
+            word, type=type(one), nargs=nargs, choices=choices, default=default, help=type(one).__name__
+        )
+    return parser.parse_args()
+
+
+def random_supernet(name):
+    """A super-network of 1,000 classes with random weights."""
+    return as_supernet(ModelSpec(name, 1000).build().eval())
+
+
+class Bench:
+    """A trained network as a super-network, and its costs. proxy: batches (images, labels, positions) to measure it on;
+    test: (images [N, 3, h, w], labels [N])."""
+
+    def __init__(self, model, proxy, test, seed):
+        self.supernet, self.proxy, (self.images, self.labels), self.seed = as_supernet(model), proxy, test, seed
+        self.costs = Costs.of(self.supernet)
+        self.full, self.units = self.costs.full, Units.of(self.costs.full)
+
+    def dropout(self, grow_epochs, compensation=None, steps=None, cls=DropoutList, **options):
+        """A DropoutList that grows, or the complete one of stage 1's Compensation, or of ``steps``."""
+        steps = steps_by_error(compensation, self.units, self.costs, DROP_RATIO) if compensation else steps
+        return cls(self.units, self.costs, steps, Growth(grow_epochs, DROP_RATIO), seed=self.seed, **options)
+
+    def statistics(self, objective):
+        return collect_statistics(self.supernet, self.proxy, OBJECTIVES[objective], hidden=True)
+
+    def start(self, basis, order="taylor", objective="label"):
+        """What is to be cut: (rewritten copy of the super-network, its 2L Compensation).
+
+        basis: of stage 1, with ``order`` for the hidden units; or one of UNROTATED, the score by which dimensions (q
+        with k, v with proj) and hidden units are sorted. For those there is no Compensation (None).
+        """
+        supernet, statistics = copy.deepcopy(self.supernet), self.statistics(objective)
+        if basis not in UNROTATED:
+            return supernet, compensation_of(supernet, statistics, reparameterise(supernet, statistics, basis, order))
+        generator = torch.Generator().manual_seed(self.seed)
+        for branch, sums in zip(branches(supernet), statistics, strict=True):
+            _sort(branch, sums, basis, generator)
+        return supernet, None
+
+    @torch.inference_mode()
+    def logits(self, network):
+        """Of the test images, [N, classes], float64, on the CPU."""
+        device = next(network.eval().parameters()).device
+        return torch.cat([network(part.to(device)).double().cpu() for part in self.images.split(500)])
+
+
+@torch.no_grad()
+def _sort(branch, sums, score, generator):
+    first, last = (getattr(branch.module, layer.name) for layer in branch.part.layers)
+    attention, shape = branch.name == "attn", (last.layer.groups, branch.full)  # of all heads, or (1, M)
+    if score == "random":
+        values = torch.rand(1 + attention, *shape, generator=generator)[[0, 0, 1] if attention else [0]]
+    elif score == "magnitude":
+        values = first.weight.norm(dim=1).view(-1, *shape)
+        values[-1] *= last.weight.norm(dim=0).view(shape)
+    else:
+        values = getattr(sums, score).clone().view(-1, *shape)
+    if attention:
+        values[:2] = values[0] * values[1] if score == "magnitude" else values[0] + values[1]
+    order = values.argsort(-1, descending=True).to(first.weight.device)  # [3, H, d] of q, k and v, or [1, 1, M]
+    for rows in (parameter.view(*order.shape, -1) for parameter in first.parameters()):
+        rows.copy_(rows.take_along_dim(order[..., None], 2))
+    last.weight.copy_(last.weight.unflatten(1, shape).take_along_dim(order[-1:], 2).flatten(1))
+
+
+def load_tensors(args, model, train, count=None):
+    """The first ``count`` images (default: all) as ``model`` is evaluated on them, [N, 3, h, w], and labels [N]."""
+    images = datasets.load_images(args, train)
+    transform = datasets.eval_transform(args, datasets.data_config(model))
+    pairs = [images[index] for index in range(min(count or len(images), len(images)))]
+    return torch.stack([transform(image) for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+
+def agreement(logits, labels):
+    """How often the largest logit is the label's, in per cent."""
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def scaled(full, attn, mlp):
+    """Widths of shares of the full Widths: ``attn`` of every head, ``mlp`` of the hidden units."""
+    return Widths(tuple(max(int(w * attn), 1) for w in full.attn), tuple(max(int(w * mlp), 1) for w in full.mlp))
+
+
+def at_shares(table, costs, shares):
+    """The largest Widths of a WidthTable within each share of the MACs. Raises InputError if one is out of reach."""
+    return [Budget("macs_ratio", share).choose(table, costs).widths for share in shares]
+
+
+def cut(supernet, widths, compensation=None, proxy=None):
+    """An extracted network: compensated, if ``compensation`` is given; then calibrated, if ``proxy`` batches are."""
+    subnet = extract(supernet, widths)
+    if compensation:
+        compensate(subnet, supernet, compensation)
+    return calibrate(subnet, supernet, proxy, OBJECTIVES["feature"]) if proxy else subnet
+
+
+def spread(values):
+    """Mean and sample standard deviation of a number for each seed, or of a single number."""
+    values = torch.tensor(values, dtype=torch.float64).view(-1)
+    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+
+
+def cell(values, mean=".2f", deviation=".2f"):
+    """Mean and spread, in the given formats."""
+    return "±".join(map(format, spread(values), (mean, deviation)))
+
+
+def claim(text, holds):
+    return f"- {text}: {'yes' if holds else 'no'}"
+
+
+def markdown(head, rows):
+    """The lines of a Markdown table."""
+    first, *others = ("".join(f"| {word} ".replace("  ", " ") for word in row) + "|" for row in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]
+
+
+def write(output, results, lines, title, charts):
+    """Write <output>.json, .md and .png, and print the second. charts: several (x, curves, labels), of curves {name:
+    values for each x, as in ``spread``} and labels for ``axes.set``."""
+    text, charts = "\n".join(lines) + "\n", list(charts)
+    figure = Figure(figsize=(4.5 * len(charts), 4.5), layout="constrained")
+    figure.suptitle(title)
+    for axes, (x, curves, labels) in zip(figure.subplots(1, len(charts)), charts, strict=True):
+        for name, points in curves.items():
+            means, deviations = zip(*map(spread, points), strict=True)
+            style = {"marker": "o", "markersize": 4, "capsize": 2, "linestyle": "--" if name.startswith("no ") else "-"}
+            axes.errorbar(x, means, yerr=deviations, label=name, **style)
+        axes.set(**labels)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    utils.save_text(json.dumps(results, indent=1), output.with_suffix(".json"))
+    utils.save_text(text, output.with_suffix(".md"))
+    with utils.atomic_file(output.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    print(text)

@@ -1,0 +1,139 @@
+"""The width table: the kept widths of every step of the dropout list, on disk as ``mask_table.json``."""
+
+import json
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import utils
+from models.vit.cost import MATMULS
+from models.vit.widths import Widths, branch_names
+from utils import InputError
+
+TABLE_NAME = "mask_table.json"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class WidthTable:
+    """Widths per step: ``steps[0]`` is the full network, ``steps[-1]`` the smallest; widths never grow.
+
+    meta: free additional information, kept in the file's ``"meta"`` member.
+    """
+
+    steps: list[Widths]
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def last(self):
+        """The index of the last step."""
+        return len(self.steps) - 1
+
+    def first_within(self, cost, limit):
+        """The first (largest) step whose ``cost(widths)`` is at most ``limit``, or None. Found by bisection: widths
+        never grow, and so no cost does."""
+        step = bisect_left(self.steps, -limit, key=lambda widths: -cost(widths))
+        return step if step < len(self.steps) else None
+
+    def describe(self, spec, costs):
+        """Put the model and the costs of every step into ``meta``. spec: ModelSpec; costs: Costs."""
+        self.meta = {
+            "model": spec.name,
+            "img_size": spec.img_size,
+            "num_classes": spec.num_classes,
+            "macs": [costs.macs(widths) for widths in self.steps],
+            "macs_with_attention_matmuls": [costs.macs(widths, MATMULS) for widths in self.steps],
+            "parameters": [costs.parameters(widths) for widths in self.steps],
+        }
+
+    def to_json(self):
+        """The published layout of ``mask_table.json``, one member per branch and one string key per step; and meta."""
+        members = {}
+        for index, name in enumerate(branch_names(len(self.steps[0].attn))):
+            widths = [step.flat[index] for step in self.steps]
+            members[name] = {str(step): width for step, width in enumerate(widths)} | {"-1": widths[-1]}
+        return json.dumps({"meta": {"format_version": FORMAT_VERSION} | self.meta} | members)
+
+    @classmethod
+    def from_json(cls, text, source):
+        """Parse ``mask_table.json``. source: the name in errors. Raises InputError if it is not a valid table."""
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:  # besides bad syntax: a number of 5,000 digits, 10,000 brackets
+            raise InputError(f"{source}: not JSON ({str(error).splitlines()[0]})") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{source}: expected one object with members '0.attn', '0.mlp', ...")
+        meta = content.pop("meta", {})
+        columns = [_column(content, name, source) for name in _expected_names(content, source)]
+        if any(len(column) != len(columns[0]) for column in columns):
+            raise InputError(f"{source}: its members do not all have the same steps")
+        steps = [Widths.from_flat(row) for row in zip(*columns, strict=True)]
+        return cls(steps, meta if isinstance(meta, dict) else {})
+
+    @classmethod
+    def load(cls, path):
+        """Read ``mask_table.json``. Raises InputError if it is missing or invalid."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; the width table lies beside the checkpoint as {TABLE_NAME}")
+        try:
+            text = path.read_text(errors="replace")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        return cls.from_json(text, path)
+
+    def save(self, path):
+        utils.save_text(self.to_json(), path)
+
+    def check_fits(self, costs, source):
+        """Raise InputError unless the table is one of the network with ``costs``: it starts at the full widths, and
+        keeps all or nothing of an indivisible branch. source: the name in errors."""
+        full = costs.full
+        if self.steps[0] != full:
+            raise InputError(f"{source}: made for another model: its step 0 has {_first_difference(self, full)}")
+        for step, widths in enumerate(self.steps):
+            rows = zip(widths.named.items(), full.flat, costs.indivisible, strict=True)
+            for (name, kept), most, indivisible in rows:
+                if indivisible and kept not in (0, most):
+                    raise InputError(
+                        f"{source}: '{name}' step {step} keeps {kept} of {most}; in this model it can only be kept "
+                        "whole or dropped"
+                    )
+
+
+def _first_difference(table, full):
+    depth, own = len(table.steps[0].attn), len(full.attn)
+    if depth != own:
+        return f"{depth} blocks, the model {own}"
+    pairs = zip(table.steps[0].named.items(), full.flat, strict=True)
+    (name, width), expected = next(pair for pair in pairs if pair[0][1] != pair[1])
+    return f"width {width} for '{name}', the model {expected}"
+
+
+def _expected_names(content, source):
+    found = [name for name in content if name.endswith((".attn", ".mlp"))]
+    names = branch_names((len(found) + 1) // 2)
+    missing = next((name for name in names if name not in content), None)
+    if not names or missing:
+        raise InputError(f"{source}: member '{missing or '0.attn'}' is missing")
+    return names
+
+
+def _column(content, name, source):
+    """The widths of one branch in step order, checked."""
+    member = content[name]
+    if not isinstance(member, dict):
+        raise InputError(f"{source}: member '{name}' must map steps to widths")
+    count = len([step for step in member if step != "-1"])
+    missing = next((step for step in range(max(count, 1)) if str(step) not in member), None)
+    if missing is not None:
+        raise InputError(f"{source}: '{name}' has no step '{missing}'; steps run from '0' without a gap")
+    column = [member[str(step)] for step in range(count)]
+    for step, width in enumerate(column):
+        if type(width) is not int or width < 0:
+            raise InputError(f"{source}: '{name}' step {step} is {width!r}; widths are integers of at least 0")
+        if step and width > column[step - 1]:
+            raise InputError(f"{source}: '{name}' grows from {column[step - 1]} to {width} at step {step}")
+    if member.get("-1", column[-1]) != column[-1]:
+        raise InputError(f"{source}: '{name}' step '-1' is {member['-1']}, its last step {column[-1]}")
+    return column

@@ -1,0 +1,157 @@
+"""Saving a sub-network where others can use it: safetensors and config.json, ONNX, torch.export and int8.
+
+Everything is written into a folder beside the target first and checked there. Only what is complete and passes moves
+in.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+import utils
+from models.subnet.load import CONFIG_NAME, WEIGHTS_NAME
+from models.vit.pretrained import image_shape
+from utils import InputError
+
+FORMATS = ("onnx", "pt2", "int8")
+ONNX_NAME, PT2_NAME, INT8_NAME = "model.onnx", "model.pt2", "model.int8.onnx"
+# Largest difference of an exported network's logits from PyTorch's, relative to the largest logit.
+TOLERANCE = 1e-4
+# Batches on which an export is compared: neither is the size that it was traced with.
+CHECKED_BATCHES = (1, 5)
+TRACED_BATCH = 2
+# The largest batch of an export: without a limit torch 2.6 takes its own largest integer for one that fails.
+MOST_IMAGES = 2**20
+
+
+def missing_packages(formats):
+    """The packages that some of FORMATS need and that are not installed."""
+    needed = () if set(formats) <= {"pt2"} else ("onnx", "onnxscript", "onnxruntime")
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def save(subnet, config, folder, formats=()):
+    """Write a sub-network to ``folder``: model.safetensors, config.json and the exports of ``formats`` (of FORMATS).
+
+    config: of ``subnet_config``, with more members if wanted. Returns {file name: largest difference of its logits from
+    PyTorch's, relative to the largest logit, or None if it is no export}. Raises InputError, and leaves the folder as
+    it was, if an export differs by more than TOLERANCE; int8 may. Main rank only; the others wait and return {}.
+    """
+    files = {}
+    if utils.is_main():
+        subnet = copy.deepcopy(subnet).cpu().eval()
+        with _atomic_folder(Path(folder)) as place:
+            lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
+            (place / CONFIG_NAME).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            # Not save_file, which makes files that their owner alone can read.
+            (place / WEIGHTS_NAME).write_bytes(to_safetensors(subnet.state_dict()))
+            if "pt2" in formats:
+                files[PT2_NAME] = _export_pt2(subnet, place / PT2_NAME)
+            if "onnx" in formats or "int8" in formats:
+                files[ONNX_NAME] = _export_onnx(subnet, place / ONNX_NAME)
+            if "int8" in formats:
+                files[INT8_NAME] = _quantise(subnet, place / ONNX_NAME, place / INT8_NAME)
+            files = {file.name: files.get(file.name) for file in sorted(place.iterdir())}
+    utils.barrier()
+    return files
+
+
+@contextmanager
+def _atomic_folder(folder):
+    """Yield an empty folder beside ``folder``; on success its files move in, on failure nothing does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    place.mkdir()
+    try:
+        yield place
+        for file in place.iterdir():
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(place)
+
+
+def _example(subnet, batch):
+    return torch.randn(batch, *image_shape(subnet), generator=torch.Generator().manual_seed(batch))
+
+
+def _export_pt2(subnet, path):
+    """torch.export with a dynamic batch; ``torch.export.load(path).module()`` runs it."""
+    batch = {0: torch.export.Dim("batch", max=MOST_IMAGES)}
+    program = torch.export.export(subnet, (_example(subnet, TRACED_BATCH),), dynamic_shapes=(batch,))
+    torch.export.save(program, path)
+    return _checked(subnet, torch.export.load(path).module(), path.name)
+
+
+def _export_onnx(subnet, path):
+    """ONNX with a dynamic batch: images [batch, 3, height, width] -> logits [batch, classes]."""
+    batch = {0: torch.export.Dim("batch", max=MOST_IMAGES)}
+    program = torch.onnx.export(
+        subnet, (_example(subnet, TRACED_BATCH),), input_names=["images"], output_names=["logits"],
+        dynamic_shapes=(batch,), dynamo=True, verbose=False,
+    )  # fmt: skip
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces of this machine
+    program.save(path, external_data=False)
+    return _checked(subnet, OnnxNetwork(path), path.name)
+
+
+def _quantise(subnet, source, path):
+    """Weights of the linear layers in int8 per output channel, activations in uint8 by each input's own range."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = path.with_name("prepared.onnx")
+    try:
+        quant_pre_process(source, prepared)
+        # Seven bits: the products of eight saturate on CPUs without VNNI.
+        quantize_dynamic(prepared, path, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
+    except Exception as error:  # versions of torch, onnx and ONNX Runtime that do not go together, in many ways
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path.name}: ONNX Runtime does not quantise what torch has exported ({reason})") from None
+    prepared.unlink()
+    return _difference(subnet, OnnxNetwork(path), path.name)
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file as something to call with images [B, 3, h, w] on the CPU, by ONNX Runtime."""
+
+    def __init__(self, path):
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def forward(self, images):
+        (logits,) = self.session.run(None, {"images": images.cpu().numpy()})
+        return torch.from_numpy(logits).to(images.device)
+
+
+def _checked(subnet, exported, name):
+    """``_difference``, of which more than TOLERANCE is an InputError."""
+    difference = _difference(subnet, exported, name)
+    if not difference <= TOLERANCE:
+        raise InputError(f"{name}: its logits differ by {difference:.1e} from PyTorch's: nothing is written")
+    return difference
+
+
+@torch.inference_mode()
+def _difference(subnet, exported, name):
+    """The largest difference of an export's logits from PyTorch's, relative to the largest logit."""
+    difference = 0.0
+    for batch in CHECKED_BATCHES:
+        images = _example(subnet, batch)
+        expected, got = subnet(images), exported(images)
+        if expected.shape != got.shape:
+            raise InputError(f"{name}: gives {tuple(got.shape)} where PyTorch gives {tuple(expected.shape)}")
+        difference = max(difference, ((expected - got).abs().max() / expected.abs().max()).item())
+    return difference

@@ -1,0 +1,145 @@
+"""Latency of extracted networks, measured, and kept as JSON beside the super-network."""
+
+import json
+import re
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import utils
+from models.subnet.budget import Choice
+from models.vit.widths import Widths
+from utils import InputError
+
+WARM_UP, REPEATS = 3, 15
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a latency holds for: the device by name, CPU threads (None on a GPU), images per batch, pixels, autocast."""
+
+    device: str
+    threads: int | None
+    batch_size: int
+    img_size: int
+    amp: str
+
+    @classmethod
+    def of(cls, model, device, batch_size, amp):
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        return cls(utils.machine_name(device), threads, batch_size, model.patch_embed.img_size[0], amp)
+
+    def __str__(self):
+        on = f", {self.threads} threads" if self.threads else ""
+        amp = "" if self.amp == "none" else f", {self.amp}"
+        return f"batch {self.batch_size}, {self.img_size} px{amp} on {self.device}{on}"
+
+    @property
+    def file_name(self):
+        words = re.sub(r"[^\w.]+", "-", self.device).strip("-")
+        threads = f"_{self.threads}threads" if self.threads else ""
+        return f"latency_{words}{threads}_batch{self.batch_size}_{self.img_size}px_{self.amp}.json"
+
+
+@torch.inference_mode()
+def measure(networks, device, conditions):
+    """The median milliseconds per batch of each network, over REPEATS rounds after WARM_UP rounds.
+
+    The networks take turns, so that whatever else the machine does slows all of them alike. With several ranks the
+    main one measures while the others wait, and all return its figures.
+    """
+    return utils.from_main(lambda: _measure(networks, device, conditions))
+
+
+def _measure(networks, device, conditions):
+    images = torch.randn(conditions.batch_size, 3, conditions.img_size, conditions.img_size, device=device)
+    seconds = [[] for _ in networks]
+    with utils.autocast(device, conditions.amp):
+        for _ in range(WARM_UP + REPEATS):
+            for network, times in zip(networks, seconds, strict=True):
+                watch = utils.Stopwatch(device)
+                network(images)
+                times.append(watch.seconds())
+    return [1e3 * statistics.median(times[WARM_UP:]) for times in seconds]
+
+
+@dataclass
+class LatencyTable:
+    """Measured milliseconds per batch by Widths, under one set of Conditions; one JSON file.
+
+    With a SuperNetwork ``loaded`` and a ``device`` it measures what it does not know yet, and keeps it.
+    """
+
+    path: Path
+    conditions: Conditions
+    points: dict[Widths, float] = field(default_factory=dict)
+    loaded: object = None
+    device: torch.device | None = None
+
+    @classmethod
+    def load(cls, path):
+        """Read a file of measurements. Raises InputError if it is not one."""
+        try:
+            content = json.loads(Path(path).read_text())
+            points = {Widths.from_dict(point["widths"]): float(point["ms"]) for point in content["points"]}
+            return cls(Path(path), Conditions(**content["conditions"]), points)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a file of latencies that stage 3 wrote ({error!r})") from None
+
+    @classmethod
+    def beside(cls, loaded, device, batch_size, amp):
+        """The table for these conditions beside the checkpoint of a SuperNetwork, with what it holds already."""
+        conditions = Conditions.of(loaded.supernet, device, batch_size, amp)
+        path = Path(loaded.source).parent / conditions.file_name
+        # What is known decides what is measured: all ranks must know the same.
+        known = utils.from_main(lambda: cls.load(path).points if path.is_file() else {})
+        return cls(path, conditions, known, loaded, device)
+
+    def save(self):
+        points = [{"widths": widths.as_dict(), "ms": ms} for widths, ms in self.points.items()]
+        content = {"conditions": asdict(self.conditions), "torch": torch.__version__, "points": points}
+        utils.save_text(json.dumps(content), self.path)
+
+    def known(self, table):
+        """{step: milliseconds} of the steps of a WidthTable that have been measured."""
+        return {step: self.points[widths] for step, widths in enumerate(table.steps) if widths in self.points}
+
+    def measure(self, many_widths):
+        """Milliseconds per batch at each of several Widths, measured now, side by side, and saved."""
+        # How fast a network is does not depend on its weights: plain slices do.
+        networks = [self.loaded.slice(widths).to(self.device) for widths in many_widths]
+        milliseconds = measure(networks, self.device, self.conditions)
+        self.points |= dict(zip(many_widths, milliseconds, strict=True))
+        self.save()
+        return milliseconds
+
+    def choose(self, budget, table):
+        """The largest step of a WidthTable within a 'latency_ms' Budget, a Choice.
+
+        What is not known yet is measured, first both ends of the table, then by bisection. A table without a
+        super-network chooses among the steps that it knows. Raises InputError with the reachable range.
+        """
+        if self.loaded:
+            missing = [step for step in (0, table.last) if step not in self.known(table)]
+            if missing:
+                self.measure([table.steps[step] for step in missing])
+        elif not self.known(table):
+            raise InputError(f"{self.path}: holds no measurement of a sub-network of this table")
+        while True:
+            known = self.known(table)
+            step, too_slow = bracket(known, budget)
+            if not self.loaded or step - too_slow <= 1:
+                return Choice(step, table.steps[step], latency_ms=known[step])
+            self.measure([table.steps[(step + too_slow) // 2]])
+
+
+def bracket(known, budget):
+    """(the largest step of {step: milliseconds} within a Budget, the next larger known step or -1 if there is none).
+
+    Raises InputError with the reachable range if no known step is within it, or the slowest far below it.
+    """
+    step = min((step for step, ms in known.items() if ms <= budget.value), default=None)
+    budget.check_reach(step, min(known.values()), max(known.values()))
+    return step, max((other for other in known if other < step), default=-1)

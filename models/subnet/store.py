@@ -1,0 +1,223 @@
+"""Super-networks and sub-networks on disk, published ones and our own alike.
+
+A super-network is a folder with checkpoint_N.pth and mask_table.json. A sub-network is a super-network whose table has
+one step: a folder with model.safetensors and config.json, or a checkpoint with the same description inside.
+"""
+
+import argparse
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from models.piad.width_table import TABLE_NAME, WidthTable
+from models.subnet import load
+from models.subnet.extract import extract
+from models.vit.cost import MATMULS, Costs
+from models.vit.families import narrow
+from models.vit.pretrained import ALIASES, ModelSpec, classes_of, image_shape, load_weights, read_checkpoint
+from models.vit.supernet import as_stock, as_supernet, set_widths
+from models.vit.widths import Widths
+from models.wpac.compensation import COMPENSATION_NAME, compensate, load_compensation
+from utils import InputError
+
+WEIGHTS_NAME = "reparamed.pth"
+_NUMBERED = re.compile(r"checkpoint_(\d+)\.pth")
+
+
+@dataclass
+class SuperNetwork:
+    """A super-network as it is loaded: the module, how it was built, its width table and its costs.
+
+    compensation: 2L Compensation, if what is cut is to be compensated. one_size: it is a sub-network already, so that
+    ``supernet`` is a stock network and the table has one step.
+    """
+
+    supernet: nn.Module
+    spec: ModelSpec
+    table: WidthTable
+    costs: Costs
+    source: Path
+    compensation: list | None = None
+    one_size: bool = False
+
+    def slice(self, widths):
+        """The stand-alone network of ``widths``, cut as it is."""
+        return copy.deepcopy(self.supernet) if self.one_size else extract(self.supernet, widths)
+
+    def cut(self, widths):
+        """The stand-alone network of ``widths``, compensated if there is something to do it with."""
+        subnet = self.slice(widths)
+        return compensate(subnet, self.supernet, self.compensation) if self.compensation else subnet
+
+
+def numbered_checkpoints(folder):
+    """{N: path} of every checkpoint_N.pth in ``folder``."""
+    return {int(m[1]): path for path in Path(folder).glob("checkpoint_*.pth") if (m := _NUMBERED.fullmatch(path.name))}
+
+
+def newest_checkpoint(folder):
+    """The checkpoint_N.pth of ``folder`` with the highest N, or else the weights of stage 1 or of a saved sub-network.
+
+    Raises InputError if there is none of them.
+    """
+    folder = Path(folder)
+    found = numbered_checkpoints(folder)
+    if found:
+        return found[max(found)]
+    for name in (WEIGHTS_NAME, load.WEIGHTS_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(
+        f"{folder}: no checkpoint_N.pth (or {WEIGHTS_NAME}) in it; expected that and {TABLE_NAME}, or a saved "
+        f"sub-network's {load.WEIGHTS_NAME} and {load.CONFIG_NAME}"
+    )
+
+
+def read(path):
+    """The checkpoint at ``path`` as a dict. Of a sub-network, member ``config`` is its description."""
+    content, beside = read_checkpoint(path), path.with_name(load.CONFIG_NAME)
+    if path.name == load.WEIGHTS_NAME and beside.is_file() and not path.with_name(TABLE_NAME).is_file():
+        try:
+            content["config"] = load.read_config(path.parent)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    return content
+
+
+def load_supernet(
+    path,
+    content=None,
+    *,
+    model=None,
+    input_size=None,
+    mask_table=None,
+    use_ema=False,
+    compensation=None,
+    compensate=None,
+    **kwargs,
+):
+    """Load a super-network or a sub-network from a folder or a checkpoint file, a SuperNetwork.
+
+    Args:
+        content: the checkpoint, if it has been read already.
+        model: its name (default: from the table's meta, the checkpoint's args or the folder's name).
+        input_size: image size in pixels (default: the table's, or the model's own).
+        mask_table: the width table (default: mask_table.json beside the checkpoint).
+        use_ema: take the averaged weights.
+        compensation: the compensation file (default: compensation.safetensors beside the checkpoint).
+        compensate: whether to use it (default: if it is there, or ``compensation`` is given).
+        kwargs: go to timm, e.g. drop_path_rate.
+    Raises InputError if the files do not belong together.
+    """
+    path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
+    content = content or read(path)
+    state = _chosen_weights(content, use_ema, path)
+    if "config" in content:
+        return _load_one_size(path, content["config"], state, input_size, kwargs)
+    table_path = Path(mask_table) if mask_table else path.parent / TABLE_NAME
+    table = WidthTable.load(table_path)
+    if "mask_table" in content and not mask_table:
+        table = _agreed(table, WidthTable.from_json(content["mask_table"], path), table_path, path)
+    spec = ModelSpec(
+        name=model or _model_name(table, content, path),
+        num_classes=classes_of(state),
+        img_size=input_size or _image_size(table),
+    )
+    supernet = spec.build(**kwargs)
+    load_weights(supernet, state, path)
+    costs = Costs.of(as_supernet(supernet))
+    table.check_fits(costs, table_path)
+    file, wanted = Path(compensation or path.parent / COMPENSATION_NAME), compensate
+    if wanted is None:
+        wanted = bool(compensation) or file.is_file()
+    return SuperNetwork(supernet, spec, table, costs, path, load_compensation(file, supernet) if wanted else None)
+
+
+def _load_one_size(path, config, state, input_size, kwargs):
+    """The SuperNetwork of one step that ``config`` (of ``subnet_config``) describes, for images of ``input_size``."""
+    try:
+        widths = Widths.from_dict(config["widths"])
+        spec = ModelSpec(config["model"], config["num_classes"], input_size or config["img_size"])
+        subnet = as_supernet(spec.build(**kwargs))
+        costs = Costs.of(subnet)
+        set_widths(subnet, widths)  # refuses widths that do not fit
+        narrow(as_stock(subnet), widths.attn, widths.mlp)
+    except InputError:
+        raise
+    except Exception as error:  # whatever stands there goes through timm and torch
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: its description is that of no network ({reason})") from None
+    load_weights(subnet, state, path)
+    return SuperNetwork(subnet, spec, WidthTable([widths]), costs, path, one_size=True)
+
+
+def _chosen_weights(content, use_ema, path):
+    if use_ema and not content.get("model_ema"):
+        raise InputError(f"{path}: has no averaged weights (member 'model_ema')")
+    return content["model_ema"] if use_ema else content["model"]
+
+
+def _agreed(beside, inside, table_path, path):
+    """The table inside a checkpoint. The one beside it may be longer or shorter by what a stopped run had not saved.
+
+    Raises InputError if they are of different runs.
+    """
+    common = min(beside.last, inside.last) + 1
+    if beside.steps[:common] != inside.steps[:common]:
+        raise InputError(
+            f"{table_path}: not the table that {path.name} was trained with; to use it all the same, give it as "
+            "mask_table"
+        )
+    return beside if beside.last == inside.last else inside
+
+
+def _model_name(table, content, path):
+    saved = content.get("args")
+    folder = path.parent.name if path.parent.name in ALIASES else None
+    said = (table.meta.get("model"), isinstance(saved, argparse.Namespace) and getattr(saved, "model", None), folder)
+    name = next((name for name in said if name and isinstance(name, str)), None)
+    if not name:
+        raise InputError(f"{path}: does not say which model it is; name the model")
+    return name
+
+
+def _image_size(table):
+    """The image size in the table's meta, which is the user's to edit: None if it is no size."""
+    size = table.meta.get("img_size")
+    return size if type(size) is int and size > 0 else None
+
+
+def subnet_config(subnet, spec, widths, costs, crop_ratio):
+    """The description of a sub-network: all that is needed to rebuild it without this repository, and to know what it
+    is. It is timm's layout for model hubs, and what only a sub-network has.
+
+    crop_ratio: centre crop / resized image at evaluation. Returns a dict of plain values.
+    """
+    architecture, arguments = spec.timm_call()
+    channels, height, width = image_shape(subnet)
+    # What datasets.eval_transform does, in timm's words: small images are resized alone, without a crop.
+    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if height <= 32 else {"crop_pct": crop_ratio, "crop_mode": "center"}
+    return {
+        "architecture": architecture,
+        "num_classes": spec.num_classes,
+        "num_features": subnet.num_features,
+        "pretrained_cfg": {
+            "input_size": [channels, height, width],
+            "mean": list(subnet.pretrained_cfg["mean"]),
+            "std": list(subnet.pretrained_cfg["std"]),
+            "interpolation": "bicubic",
+            **crop,
+        },
+        "model_args": arguments,
+        "model": spec.name,
+        "img_size": spec.img_size,
+        "widths": widths.as_dict(),
+        "full_widths": costs.full.as_dict(),
+        "attention_scale": "1 / sqrt(head width), as in any timm Attention: the query weights hold the rest",
+        "macs": costs.macs(widths),
+        "macs_with_attention_matmuls": costs.macs(widths, MATMULS),
+        "parameters": sum(parameter.numel() for parameter in subnet.parameters()),
+    }

@@ -1,0 +1,231 @@
+"""The solvers of stage 1: bases in which the first dimensions of a head hold the most, and orders of hidden units.
+
+All are pure functions on float64 tensors, batched over heads. ``rewrite.py`` applies what they return.
+"""
+
+import itertools
+
+import torch
+from einops import rearrange
+
+from utils import InputError
+
+# Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
+EIGENVALUE_FLOOR = 1e-9
+# How the joint refinement of the V/O bases weighs narrow against wide prefixes, and its L-BFGS steps per block.
+JOINT_BALANCE = 0.5
+JOINT_STEPS = 60
+# Added to the diagonal of a covariance, relative to its mean: units that are never active have no variance.
+RIDGE = 1e-5
+# The share of an MLP's error at which the greedy order has done its work.
+GREEDY_TAIL = 1e-3
+
+
+def symmetric_power(matrix, power):
+    """matrix^power for symmetric positive semi-definite [..., d, d], eigenvalues clamped from below.
+
+    A matrix that is zero (a dead head) counts as the identity, so that its basis is still invertible.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    largest = values[..., -1:]
+    values = torch.where(largest > 0, values.clamp(min=EIGENVALUE_FLOOR * largest), torch.ones_like(values))
+    return vectors * values.pow(power).unsqueeze(-2) @ vectors.mT
+
+
+def _fix_signs(columns):
+    """Columns [..., d, d] with signs such that the entry of largest magnitude of each is positive."""
+    at = columns.abs().argmax(-2, keepdim=True)
+    return columns * torch.where(columns.gather(-2, at) < 0, -1.0, 1.0)
+
+
+def pca_basis(covariance):
+    """The paper's basis: eigenvectors U of a weighted covariance [H, d, d] as columns, largest eigenvalue first.
+
+    Paper, WPAC: Sigma_v = sum theta (v - mu)(v - mu)^T = U Lambda U^T for v and o; Sigma_q + Sigma_k for q and k, which
+    share one basis.
+    """
+    return _fix_signs(torch.linalg.eigh(covariance).eigenvectors.flip(-1))
+
+
+def output_basis(covariance_z, output_gram, proj):
+    """Our V/O basis: maps of v and proj that sort a head's dimensions by what survives in W_o z (docs/stage1.md, 2).
+
+    SVD of G^(1/2) W_o Sigma_z^(1/2) = U S V^T; z <- (Sigma_z^(-1/2) V)^T z, W_o <- W_o Sigma_z^(1/2) V.
+
+    Args:
+        covariance_z: [H, d, d] of the attention output z.
+        output_gram: [D, D], E[go go^T] for go the gradient at the output of proj.
+        proj: [H, D, d], the columns of W_o of each head.
+    Returns (to, back), both [H, d, d] with to @ back = I: z <- to z, W_o <- W_o back.
+    """
+    root, inverse_root = symmetric_power(covariance_z, 0.5), symmetric_power(covariance_z, -0.5)
+    # Right singular vectors of G^(1/2) W_o Sigma_z^(1/2), from its d x d Gram matrix: no root of G is needed.
+    v = pca_basis(root @ (proj.mT @ output_gram @ proj) @ root)
+    return v.mT @ inverse_root, root @ v
+
+
+def prefix_errors(change, kept, output_gram, moment_z):
+    """Expected squared error at proj's output, all heads together, of keeping the first ``kept`` dimensions of each.
+
+    Args, in coordinates where nothing is changed yet, (h d) for the dimensions of all heads:
+        change: [H, d, d] maps of z, whose inverses map the columns of proj.
+        kept: list of K widths.
+        output_gram: [H d, H d], W_o^T G W_o. moment_z: [H d, H d], the joint second moment of all heads' z.
+    Returns [K].
+    """
+    back, (heads, width, _) = torch.linalg.inv(change), change.shape
+    gram = output_gram.view(heads, width, heads, width)
+    moment = moment_z.view(heads, width, heads, width)
+    errors = []
+    for k in kept:
+        lost = back[..., k:] @ change[:, k:]
+        carried = torch.einsum("hia,higj,gjb->hagb", lost, gram, lost)
+        errors.append((carried * moment).sum())
+    return torch.stack(errors)
+
+
+def joint_basis(to, back, proj, output_gram, moment_z):
+    """Refine the maps of ``output_basis`` so that what the heads drop cancels where it can (docs/stage1.md, 2).
+
+    Heads share directions of the output, which ``output_basis`` does not see: it treats each head alone. L-BFGS on the
+    error of all heads together at 1/16, 1/8, 1/4 and 1/2 of the width, each weighted by its own start to the power
+    -JOINT_BALANCE: 0 would serve the smallest width alone, 1 all alike.
+
+    Args: to, back: [H, d, d]; proj: [H, D, d]; output_gram: [D, D]; moment_z: [H d, H d], of z of all heads.
+    Returns (to, back), again inverse to each other.
+    """
+    width = to.shape[-1]
+    kept = sorted({width >> shift for shift in (1, 2, 3, 4)} - {0})
+    carried = rearrange(proj @ back, "h c d -> c (h d)")
+    gram = carried.mT @ output_gram @ carried
+    maps = torch.block_diag(*to)
+    moment = maps @ moment_z @ maps.mT
+    identity = torch.eye(width).to(to)
+    change = torch.zeros_like(to).requires_grad_()
+    start = prefix_errors(identity + change.detach(), kept, gram, moment)
+    if not kept or not (start > 0).all():
+        return to, back
+    weight = start.pow(-JOINT_BALANCE)
+    weight = weight / (weight * start).sum()
+    optimiser = torch.optim.LBFGS([change], max_iter=JOINT_STEPS, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        value = (weight * prefix_errors(identity + change, kept, gram, moment)).sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    change = identity + change.detach()
+    if not (weight * prefix_errors(change, kept, gram, moment)).sum() < 1:
+        return to, back
+    refined = _sort_between(kept, change @ to, back @ torch.linalg.inv(change), proj, output_gram, moment_z)
+    # Too few tokens, or all alike, say nothing of what heads share, and leave maps that float32 weights cannot hold.
+    if not (torch.linalg.cond(refined[0]) < EIGENVALUE_FLOOR**-0.5).all():
+        return to, back
+    return refined
+
+
+def _sort_between(bounds, to, back, proj, output_gram, moment_z):
+    """Sort the dimensions between one bound and the next as ``output_basis`` does; prefixes up to a bound stay."""
+    heads, width, _ = to.shape
+    own = torch.einsum("hihj->hij", moment_z.view(heads, width, heads, width))
+    to, back = to.clone(), back.clone()
+    for start, end in itertools.pairwise((0, *bounds, width)):
+        rows, columns = to[:, start:end], back[..., start:end]
+        sort, unsort = output_basis(rows @ own @ rows.mT, output_gram, proj @ columns)
+        to[:, start:end], back[..., start:end] = sort @ rows, columns @ unsort
+    return to, back
+
+
+def output_errors(variance_z, proj, gram):
+    """Expected loss when one dimension of all heads goes: sum over heads of var(z_j) |G^(1/2) W_o,j|^2.
+
+    variance_z [H, d], proj [H, D, d], gram [D, D]. Returns [d].
+    """
+    return torch.einsum("hd,hcd,ce,hed->d", variance_z, proj, gram, proj)
+
+
+def query_key_basis(moment_q, covariance_k):
+    """Our Q/K basis: maps of q and k that sort a head's dimensions by what survives in q^T k (docs/stage1.md, 3).
+
+    SVD of Sigma_q^(1/2) Sigma_k^(1/2) = U S V^T; q <- S^(1/2) U^T Sigma_q^(-1/2) q, k likewise with V.
+
+    Args: second moment of q and covariance of the centred k, both [H, d, d].
+    Returns (map_q, map_k), [H, d, d] each, with map_q^T map_k = I, so that q^T k is exact.
+    """
+    root_q, root_k = symmetric_power(moment_q, 0.5), symmetric_power(covariance_k, 0.5)
+    u, s, _ = torch.linalg.svd(root_q @ root_k)
+    u = _fix_signs(u)
+    scale = s.clamp(min=EIGENVALUE_FLOOR * s[..., :1].clamp(min=EIGENVALUE_FLOOR)).sqrt().unsqueeze(-1)
+    map_q = scale * u.mT @ symmetric_power(moment_q, -0.5)
+    # S^(1/2) V^T Sigma_k^(-1/2), written as the inverse transpose of map_q, which it also is where S is clamped.
+    map_k = u.mT @ root_q / scale
+    return map_q, map_k
+
+
+def equalising_scale(first, second):
+    """Factors c [H, d] for which the rows c * first and second / c have equal norms; [H, d, n] each.
+
+    Of all per-dimension scales this one has the smallest sum of squared weights, which is what weight decay
+    penalises, and it leaves neither side with rows far larger than AdamW's step is made for. Zero rows get 1.
+    """
+    ratio = second.norm(dim=-1) / first.norm(dim=-1)
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+
+
+def factorise(covariance):
+    """Lower triangular F with F F^T = C + ridge, for a covariance C [n, n]. Raises InputError if C is not finite.
+
+    The ridge starts at RIDGE and grows tenfold until the factorisation exists.
+    """
+    if not torch.isfinite(covariance).all():
+        raise InputError("the hidden activations of an MLP are NaN or infinite on the proxy set")
+    ridge = _ridge(covariance)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * torch.eye(len(covariance)).to(covariance))
+        if not failed:
+            return factor
+        # Fewer tokens than units leave negative eigenvalues of the size of float32 rounding.
+        ridge = 10 * ridge
+
+
+def _ridge(covariance):
+    return RIDGE * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def greedy_order(covariance, weight, gram, importance):
+    """The order of hidden units in which each next one removes the most of the error that compensation leaves.
+
+    Pivoted Cholesky of C where the pivot is chosen by its weighted error |G^(1/2) W2 R_j|^2 / R_jj, R being what the
+    units chosen so far cannot predict. An MLP of more than 256 units takes several pivots at a time, M / 256. Once all
+    but GREEDY_TAIL of the error is gone, what is left of R is little more than rounding: the other units follow by
+    ``importance``, so that the order does not depend on how the proxy set was split.
+    covariance [M, M], weight [D, M], gram [D, D], importance [M]. Returns a permutation [M].
+    """
+    count, ridge = len(covariance), _ridge(covariance)
+    values, vectors = torch.linalg.eigh(gram)
+    weighted = (vectors * values.clamp(min=0).sqrt()).mT @ weight
+    carried, left = weighted @ covariance, covariance.diagonal() + ridge
+    factor, order = torch.zeros_like(covariance), torch.empty(count, dtype=torch.long, device=covariance.device)
+    at_once = max(count // 256, 1)
+    remaining = total = (weighted * carried).sum()
+    for done in range(0, count, at_once):
+        score = torch.linalg.vector_norm(carried, dim=0).square() / left.clamp(min=ridge)
+        score[order[:done]] = -torch.inf
+        if remaining <= GREEDY_TAIL * total:
+            free = torch.isfinite(score)
+            rest = importance.argsort(descending=True, stable=True)
+            order[done:] = rest[free[rest]]
+            break
+        pivots = score.topk(min(at_once, count - done)).indices
+        span = slice(done, done + len(pivots))
+        columns = covariance[:, pivots] - factor[:, :done] @ factor[pivots, :done].mT
+        root = factorise(columns[pivots])
+        factor[:, span] = torch.linalg.solve_triangular(root, columns.mT, upper=False).mT
+        carried.addmm_(weighted @ factor[:, span], factor[:, span].mT, alpha=-1)
+        left -= factor[:, span].square().sum(1)
+        remaining = (weighted * carried).sum()
+        order[span] = pivots
+    return order

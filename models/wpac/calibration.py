@@ -1,0 +1,162 @@
+"""Sequential refit of one extracted network on proxy images (docs/stage1.md, ``--calibrate``).
+
+Block by block, the output layers of the truncated branches (proj and fc2) are refitted. The residual stream after each
+branch is to match the full network's, given what the refitted blocks before it deliver.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import utils
+from models.vit.families import Transform, branch_in
+from models.vit.supernet import Replay, at_widths, block_inputs, branches, frozen, full_widths, hooks, swapped
+
+# Strength of the pull towards the weights before the refit, relative to the mean square of the inputs.
+RIDGE = 1e-3
+
+
+@dataclass
+class _Batch:
+    """One batch on its way through both networks. teacher, student: the residual stream before the present block, of
+    the full and of the truncated network. contexts: {path of a block: what it is called with besides that stream,
+    (arguments, keyword arguments)}. weights: {str(branch): |dC/dx|^2 of the residual stream after it}."""
+
+    images: torch.Tensor
+    contexts: dict
+    weights: dict
+    teacher: torch.Tensor | None = None
+    student: torch.Tensor | None = None
+
+
+def calibrate(subnet, supernet, batches, objective):
+    """Refit ``subnet`` (extracted, changed in place) to the full-width ``supernet``. Branches that end in a norm stay.
+
+    Both are put into eval mode. batches: list of (images, labels, positions), this rank's share; they are kept on the
+    device with their activations, so a few hundred images are meant. objective: of ``statistics``, gives the token
+    weights |dC/dx|^2. Returns ``subnet``.
+    """
+    supernet.eval(), subnet.eval()
+    with at_widths(supernet, full_widths(supernet)):
+        own = branches(supernet)
+        state = [_begin(supernet, batch, objective) for batch in batches]
+        with torch.no_grad():
+            for pair in zip(own[::2], own[1::2], strict=True):
+                _calibrate_block(subnet, supernet, pair, state)
+    return subnet
+
+
+def _begin(supernet, batch, objective):
+    images, device = batch[0], next(supernet.parameters()).device
+    weights = token_weights(supernet, batch, objective)
+    with torch.no_grad():
+        inputs, _ = block_inputs(supernet, images.to(device), supernet.forward_features)
+    contexts = {path: (args[1:], kwargs) for path, (args, kwargs) in inputs.items()}
+    return _Batch(images.to(device), contexts, weights)
+
+
+def _calibrate_block(subnet, supernet, pair, state):
+    """pair: both branches of the block."""
+    path, block = pair[0].path, pair[0].block
+    for batch in state:
+        batch.teacher = _input_of(supernet, path, batch, batch.teacher)
+        batch.student = _input_of(subnet, path, batch, batch.student)
+    targets = [_run(block, batch.teacher, *batch.contexts[path]) for batch in state]
+    for branch in pair:
+        if branch_in(subnet, branch).module is not None and branch.part.can(Transform.CALIBRATION):
+            _refit(subnet, branch, state, targets)
+    for batch, target in zip(state, targets, strict=True):
+        batch.student = _run(subnet.get_submodule(path), batch.student, *batch.contexts[path])["mlp"]
+        batch.teacher = target["mlp"]
+
+
+def token_weights(supernet, batch, objective):
+    """{str(branch): |dC/dx|^2, [B, ...], of the residual stream after it}, in the full network."""
+    found, handles, device = {}, [], next(supernet.parameters()).device
+
+    def watch(name):
+        def hook(_module, _inputs, output):
+            output.register_hook(lambda gradient: found.update({name: gradient.float().square().sum(-1)}))
+
+        return hook
+
+    for branch in branches(supernet):
+        # The gradient at a branch's output equals the one at the residual stream that it is added to.
+        handles.append(branch.drop_path.register_forward_hook(watch(str(branch))))
+    images, labels, positions = batch
+    with frozen(supernet), hooks(handles), torch.enable_grad():
+        objective(supernet, images.to(device).requires_grad_(), labels.to(device), positions).backward()
+    return found
+
+
+def _input_of(model, path, batch, given):
+    """The residual stream before the block at ``path``, if the block before it returned ``given``."""
+    paths = list(batch.contexts)
+    before = paths[paths.index(path) - 1] if path != paths[0] else None
+    if before and before.rpartition(".")[0] == path.rpartition(".")[0]:
+        return given
+    # Another stage: patches are merged in between. And before the first block they are embedded.
+    modules = {path: Replay() for path in paths}
+    if before:
+        modules[before] = Replay(given)
+    with swapped(model, modules):
+        return _seen_by(modules[path], model.forward_features, batch.images)
+
+
+def _seen_by(module, function, *arguments):
+    """What ``module`` is called with, first, when ``function`` runs."""
+    seen = []
+    with hooks([module.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))]):
+        function(*arguments)
+    return seen[0]
+
+
+def _layout(cut, block, tensor):
+    """``tensor`` [B, ..., n] of the residual stream as the tokens of a branch: those of its windows, if it has any."""
+    if cut.name == "mlp" or cut.block is not block:
+        return tensor.flatten(0, -2)
+    attention, others = Replay(), {name: nn.Identity() for name in ("norm1", "norm2", "mlp")}
+    with swapped(block, {"attn": attention} | others):
+        return _seen_by(attention, block, tensor).flatten(0, -2)
+
+
+def _run(block, x, args, kwargs, tapped=None):
+    """{'attn', 'mlp': the residual stream after each branch of a block, 'tapped': the input of layer ``tapped``}."""
+    found, holder, handles = {"attn": x}, getattr(block, "fn", block), []
+    if hasattr(holder, "drop_path1"):
+        hook = holder.drop_path1.register_forward_hook(lambda _m, _i, added: found.update(attn=x + added))
+        handles.append(hook)
+    if tapped:
+        handles.append(tapped.register_forward_pre_hook(lambda _m, given: found.update(tapped=given[0])))
+    with hooks(handles):
+        found["mlp"] = block(x, *args, **kwargs)
+    return found
+
+
+def _refit(subnet, branch, state, targets):
+    """Weighted ridge regression of the branch's output layer towards its present weights, float64, all ranks' sums."""
+    block, cut = subnet.get_submodule(branch.path), branch_in(subnet, branch)
+    linear = getattr(cut.module, branch.part.output)
+    gamma = torch.as_tensor(branch.scale, dtype=torch.float64, device=linear.weight.device)
+    if linear.bias is None or bool((gamma == 0).any()):
+        return
+    size = linear.in_features + 1
+    gram = torch.zeros(size, size, dtype=torch.float64, device=linear.weight.device)
+    cross = gram.new_zeros(size, linear.out_features)
+    present = torch.cat((linear.weight, linear.bias[:, None]), 1).double()
+    for batch, target in zip(state, targets, strict=True):
+        run = _run(block, batch.student, *batch.contexts[branch.path], linear)
+        left = target[branch.name] - (batch.student if branch.name == "attn" else run["attn"])
+        a = run["tapped"].double().flatten(0, -2)
+        a = torch.cat((a, torch.ones_like(a[:, :1])), 1)
+        residual = _layout(cut, block, left).double() / gamma - a @ present.mT
+        omega = batch.weights[str(branch)].view(*left.shape[:-1], 1)
+        weighted = a * _layout(cut, block, omega).double()
+        gram += weighted.mT @ a
+        cross += weighted.mT @ residual
+    gram, cross = utils.all_reduce_sum(gram), utils.all_reduce_sum(cross)
+    pull = RIDGE * gram.diagonal().mean() * torch.eye(size).to(gram)
+    change = torch.linalg.solve(gram + pull, cross).mT
+    linear.weight += change[:, :-1].to(linear.weight)
+    linear.bias += change[:, -1].to(linear.bias)

@@ -1,0 +1,218 @@
+"""Closed-form compensation of what truncation drops (docs/stage1.md, 6): no data, no training, one solve per MLP.
+
+The hidden units that a narrower MLP keeps predict the dropped ones linearly. Folding the prediction into fc2 loses only
+what they cannot predict. The covariance C of the hidden vector a is factored once as C = F F^T, F lower triangular; the
+leading k x k part of F is the factor of the leading part of C, so one factor serves every width:
+
+    W2' = W2[:, :k] + (W2[:, k:] F[k:, :k]) F[:k, :k]^-1       b2' = b2 + W2 mu - W2' mu[:k]
+
+The error left at width k, in the metric G of the gradient at the MLP's output, is a sum over the dropped units of
+e_j = |G^(1/2) (W2 F)_j|^2. Attention needs no solve: its dimensions are uncorrelated in the balanced basis.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import utils
+from models.vit.families import Transform, branch_in
+from models.vit.supernet import branches
+from models.wpac.bases import factorise
+from models.wpac.rewrite import reparameterise
+from models.wpac.statistics import collect_statistics
+from utils import InputError
+
+COMPENSATION_NAME = "compensation.safetensors"
+
+
+@dataclass
+class Compensation:
+    """What is measured on a branch at full width so that it can be cut to any width, and to build the width table.
+
+    errors: [width], what the objective is expected to lose when a dimension of all heads, or a hidden unit, goes.
+    output_mean: [D], mean output of the branch before LayerScale, and after a norm that follows the branch.
+    factor, input_mean: [M, M] lower triangular F and [M] mu of the hidden vector; MLPs only.
+    """
+
+    errors: torch.Tensor
+    output_mean: torch.Tensor
+    factor: torch.Tensor | None = None
+    input_mean: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, branch, sums, rewrite):
+        """Compensation of a branch of a super-network from its statistics, measured before it was rewritten.
+
+        rewrite: what ``reparameterise`` did to it.
+        """
+        made = _of_attention(rewrite) if branch.name == "attn" else _of_mlp(branch, sums, rewrite.order)
+        if sums.output_sum is not None:
+            made.output_mean = sums.output_sum[:-1] / sums.output_sum[-1].clamp(min=1)
+        return made
+
+
+def _of_attention(rewrite):
+    return Compensation(rewrite.errors, rewrite.output_mean)
+
+
+def _of_mlp(branch, sums, order):
+    mean, output = sums.hidden.weighted_mean, branch.output
+    covariance, input_mean = sums.hidden.about(mean)[0][order][:, order], mean[0][order]
+    factor, weight = factorise(covariance), output.weight.detach().double()
+    output_mean = weight @ input_mean + (0 if output.bias is None else output.bias.detach().double())
+    if branch.part.can(Transform.COMPENSATION):
+        errors = unit_errors(weight, factor, sums.mean_gram)
+    else:  # No compensation: dropping a unit changes the objective by -g a (first order). The error is E[(g a)^2].
+        errors = (sums.hessian / sums.hidden.count)[order]
+    return Compensation(errors, output_mean, factor, input_mean)
+
+
+def compensation_of(supernet, statistics, rewrites):
+    """2L Compensation of a super-network, from its statistics before it was rewritten and what was rewritten."""
+    return [Compensation.of(*row) for row in zip(branches(supernet), statistics, rewrites, strict=True)]
+
+
+def measure_compensation(supernet, batches, objective, amp="none"):
+    """2L Compensation of a super-network whose weights stay as they are, a trained one for example.
+
+    The arguments are those of ``collect_statistics``.
+    """
+    statistics = collect_statistics(supernet, batches, objective, hidden=True, amp=amp)
+    untouched = reparameterise(supernet, statistics, untouched=range(len(statistics)))
+    return compensation_of(supernet, statistics, untouched)
+
+
+def unit_errors(weight, factor, gram):
+    """e_j = |G^(1/2) (W2 F)_j|^2, [M]: weight [D, M], factor [M, M], gram [D, D]."""
+    carried = weight @ factor
+    return (carried * (gram @ carried)).sum(0).clamp(min=0)
+
+
+def fold(weight, bias, factor, mean, kept):
+    """fc2 of width ``kept`` with the prediction of the dropped units folded in: (W2' [D, k], b2' [D])."""
+    if kept == weight.shape[1]:
+        return weight, bias
+    dropped = weight[:, kept:] @ factor[kept:, :kept]
+    folded = torch.linalg.solve_triangular(factor[:kept, :kept], dropped, upper=False, left=False)
+    new = weight[:, :kept] + folded
+    return new, bias + weight @ mean - new @ mean[:kept]
+
+
+@torch.no_grad()
+def compensate(subnet, supernet, compensation):
+    """Fold into an extracted network what its truncation drops, in place (docs/stage1.md, 6).
+
+    Narrower MLPs get the closed-form fc2. The mean output of a removed branch goes into the output bias of the last
+    kept branch before it (the bias of its norm, if one follows), or into the embedding if there is none. Nothing reads
+    the residual stream in between, so that is exact. A constant cannot be moved across patch merging, because the norm
+    inside reads the stream: there the mean is lost, as it is where no bias is found.
+
+    compensation: 2L Compensation, measured on ``supernet`` at full width. Returns ``subnet``.
+    """
+    # Parameters that can take up a mean, and the module that holds the block before (in Swin, its stage).
+    place, last_parent = _embedding_of(subnet), None
+    for branch, known in zip(branches(supernet), compensation, strict=True):
+        cut, parent = branch_in(subnet, branch), branch.path.rpartition(".")[0]
+        if last_parent not in (None, parent):
+            place = []
+        last_parent = parent
+        if cut.module is None:
+            _add(known.output_mean, branch.scale, place)
+            continue
+        last = getattr(cut.module, branch.part.output)
+        if known.factor is not None and branch.part.can(Transform.COMPENSATION):
+            _fold_into(last, branch.output, known)
+        bias = getattr(cut.norm if branch.family.post_norm else last, "bias", None)  # an RMSNorm has none
+        place = [] if bias is None else [(bias, branch.scale)]
+    return subnet
+
+
+def _fold_into(cut, full, known):
+    tensors = (full.weight, full.bias, known.factor, known.input_mean)
+    weight, bias = fold(*(t.to(full.weight.device, torch.float64) for t in tensors), cut.in_features)
+    cut.weight.copy_(weight)
+    cut.bias.copy_(bias)
+
+
+def _add(mean, scale, place):
+    """Add ``scale`` * ``mean`` [D] to the residual stream, through the parameters in ``place``.
+
+    place: [(parameter, the LayerScale between it and the stream)], empty if no parameter can take the mean up.
+    """
+    constant = mean.to(scale.device) * scale if isinstance(scale, torch.Tensor) else mean * scale
+    for parameter, own_scale in place:
+        change = constant.to(parameter) / own_scale
+        parameter += torch.where(torch.isfinite(change), change, torch.zeros_like(change))
+
+
+def _embedding_of(network):
+    """The place where a constant can be added to every token before the first block."""
+    norm = getattr(network, "norm_pre", None)
+    if not isinstance(norm, (nn.Identity, type(None))):
+        places = [getattr(norm, "bias", None)]
+    else:
+        positions, embed = getattr(network, "pos_embed", None), network.patch_embed
+        last = embed.proj if isinstance(getattr(embed, "norm", None), (nn.Identity, type(None))) else embed.norm
+        places = [getattr(last, "bias", None) if positions is None else positions]
+        if places[0] is not None and (positions is None or getattr(network, "no_embed_class", False)):
+            places += [getattr(network, name, None) for name in ("cls_token", "reg_token", "dist_token")]
+    return [(place, 1.0) for place in places if place is not None]
+
+
+def _digest(supernet):
+    """A fingerprint of the output layers of all MLPs, which a compensation belongs to."""
+    digest = hashlib.sha256()
+    for branch in branches(supernet)[1::2]:
+        digest.update(branch.output.weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def save_compensation(compensation, supernet, path):
+    """Write 2L Compensation of ``supernet`` as safetensors, float32, complete or not at all. Main rank only."""
+    if utils.is_main():
+        tensors = {
+            f"{branch}.{name}": value.float().cpu().contiguous()
+            for branch, known in zip(branches(supernet), compensation, strict=True)
+            for name, value in vars(known).items()
+            if value is not None
+        }
+        with utils.atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"fc2": _digest(supernet)})
+
+
+def load_compensation(path, supernet):
+    """Read what ``save_compensation`` wrote for ``supernet``, 2L Compensation.
+
+    Raises InputError if the file is not there, damaged, or was measured on other weights.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            owner = (file.metadata() or {}).get("fc2")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; stage 1 writes it beside the weights") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable compensation file ({error})") from None
+    if owner != _digest(supernet):
+        raise InputError(
+            f"{path}: measured on other weights than these; cut without compensation, or run stage 1 again"
+        )
+    return [_read_one(tensors, branch, path) for branch in branches(supernet)]
+
+
+def _read_one(tensors, branch, path):
+    dim, width = branch.output.out_features, branch.full
+    shapes = {"errors": (width,), "output_mean": (dim,)}
+    if branch.name == "mlp":
+        shapes |= {"factor": (width, width), "input_mean": (width,)}
+    for name, shape in shapes.items():
+        tensor = tensors.get(f"{branch}.{name}")
+        if tensor is None:
+            raise InputError(f"{path}: member '{branch}.{name}' is missing; run stage 1 again")
+        if tensor.shape != shape or not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: {branch}.{name} is not {shape} finite numbers; run stage 1 again")
+    return Compensation(**{name: tensors[f"{branch}.{name}"] for name in shapes})

@@ -1,0 +1,225 @@
+"""Stage 1 rewrites the weights: WPAC, weighted PCA for attention contraction, and what goes past it.
+
+Every rewrite preserves the network's function at full width. The solvers are in ``bases.py``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+
+from models.vit.families import Transform
+from models.vit.supernet import branches
+from models.wpac import bases
+
+
+@dataclass
+class AttentionRewrite:
+    """output_mean: [D], mean output of the attention before LayerScale. errors: [d], what the objective is expected to
+    lose when a dimension of all heads goes; where heads stay as they are, only their sum is of use."""
+
+    output_mean: torch.Tensor
+    errors: torch.Tensor
+
+
+@dataclass
+class MlpRewrite:
+    """order: [M], the permutation in which the hidden units now stand."""
+
+    order: torch.Tensor
+
+
+def reparameterise(supernet, statistics, basis="balanced", mlp_order="taylor", untouched=()):
+    """Rewrite the weights of a super-network, in place, so that every prefix keeps as much as possible.
+
+    What is not exact for a kind of attention or MLP is left out (``families``).
+
+    Args:
+        statistics: from ``collect_statistics`` with moments, at full width.
+        basis: 'pca' (paper) or 'balanced' (mean folding, output-aware V/O basis, balanced Q/K basis).
+        mlp_order: order of the hidden units: by 'taylor' (mean |g a|), 'hessian' (mean (g a)^2), or 'greedy', by what
+            compensation cannot predict from the units before. 'greedy' needs hidden moments, and is 'taylor' for an MLP
+            that cannot be compensated.
+        untouched: the branches, by their index in Widths.flat, whose weights stay as they are.
+    Returns 2L AttentionRewrite and MlpRewrite, in the order of Widths.flat.
+    """
+    rewrites = []
+    for index, (branch, sums) in enumerate(zip(branches(supernet), statistics, strict=True)):
+        if branch.name == "attn":
+            rewrites.append(_rewrite_attention(branch, sums, basis, index in untouched))
+        else:
+            rewrites.append(_rewrite_mlp(branch, sums, mlp_order, index in untouched))
+    return rewrites
+
+
+def _rewrite_mlp(branch, sums, order_by, untouched):
+    if untouched:
+        return MlpRewrite(torch.arange(branch.full, device=sums.taylor.device))
+    if order_by == "greedy" and not branch.part.can(Transform.COMPENSATION):
+        order_by = "taylor"
+    order = hidden_order(branch.output, sums, order_by)
+    for layer, module in branch.layers:
+        _permute(module, layer, order)
+    return MlpRewrite(order)
+
+
+def hidden_order(output, sums, order_by):
+    """The permutation [M] of an MLP's hidden units, most important first. output: its last Linear."""
+    if order_by == "greedy":
+        covariance, weight = sums.hidden.about(sums.hidden.weighted_mean)[0], output.weight.detach().double()
+        return bases.greedy_order(covariance, weight, sums.mean_gram, sums.taylor)
+    importance = {"taylor": sums.taylor, "hessian": sums.hessian}[order_by]
+    return importance.argsort(descending=True, stable=True)
+
+
+@torch.no_grad()
+def _permute(module, layer, order, groups=slice(None)):
+    """Sort the entries of each of some groups of ``layer`` (of families), in place; order: [width]."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if layer.side == "in" and name == "weight":
+            grouped = parameter.unflatten(1, (layer.groups, -1))
+            grouped[:, groups] = grouped[:, groups][..., order]
+        elif layer.side != "in":
+            grouped = parameter.unflatten(0, (layer.groups, -1))
+            grouped[groups] = grouped[groups][:, order]
+
+
+def _rewrite_attention(branch, sums, basis, untouched):
+    proj = branch.output
+    columns = rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=branch.part.heads)
+    mean = torch.einsum("hcd,hd->c", columns, sums.grad_z.mean)
+    mean = mean if proj.bias is None else mean + proj.bias.detach().double()
+    if branch.indivisible or untouched:
+        # What is lost with all dimensions of a head, their correlations included.
+        carried = columns.mT @ sums.mean_gram @ columns
+        return AttentionRewrite(mean, (carried * sums.grad_z.covariance).sum((0, 1)))
+    weights = HeadWeights(branch)
+    errors = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis](weights, sums)
+    weights.write()
+    if not weights.can_turn_keys:
+        errors = errors + _permute_queries_and_keys(branch, sums)
+    return AttentionRewrite(mean, errors)
+
+
+class HeadWeights:
+    """Float64 copies of one attention module's weights by head, with zeros for biases that it does not have.
+
+    q, k, v: [H, d, D]; q_bias, k_bias, v_bias: [H, d]; proj: [H, D, d]; proj_bias: [D].
+    """
+
+    def __init__(self, branch):
+        self.attn, self.heads = branch.module, branch.part.heads
+        self.can_fold = branch.part.can(Transform.MEAN_FOLDING)
+        self.can_turn_keys = branch.part.can(Transform.QK_BASIS)
+        qkv, proj = self.attn.qkv, self.attn.proj
+        weight = rearrange(qkv.weight.detach().double(), "(three h d) c -> three h d c", three=3, h=self.heads)
+        biases = torch.zeros_like(weight[..., 0])
+        if qkv.bias is not None:
+            biases = rearrange(qkv.bias.detach().double(), "(three h d) -> three h d", three=3, h=self.heads)
+        self.q, self.k, self.v = weight.unbind()
+        self.q_bias, self.k_bias, self.v_bias = biases.unbind()
+        self.proj = rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=self.heads)
+        self.proj_bias = torch.zeros_like(self.proj[0, :, 0]) if proj.bias is None else proj.bias.detach().double()
+
+    @torch.no_grad()
+    def write(self):
+        """Copy back, in the module's own dtype."""
+        qkv, proj = self.attn.qkv, self.attn.proj
+        qkv.weight.copy_(rearrange(torch.stack((self.q, self.k, self.v)), "three h d c -> (three h d) c"))
+        proj.weight.copy_(rearrange(self.proj, "h c d -> c (h d)"))
+        if qkv.bias is not None:
+            biases = torch.stack((self.q_bias, self.k_bias, self.v_bias))
+            qkv.bias.copy_(rearrange(biases, "three h d -> (three h d)"))
+        if proj.bias is not None:
+            proj.bias.copy_(self.proj_bias)
+
+    def map(self, name, matrix):
+        """q, k or v <- matrix @ it, weights and bias; matrix: [H, d, d]."""
+        setattr(self, name, matrix @ getattr(self, name))
+        setattr(self, f"{name}_bias", (matrix @ getattr(self, f"{name}_bias").unsqueeze(-1)).squeeze(-1))
+
+    def scale(self, name, factor):
+        """q, k or v <- factor * it, weights and bias; factor: [H, d]."""
+        setattr(self, name, getattr(self, name) * factor.unsqueeze(-1))
+        setattr(self, f"{name}_bias", getattr(self, f"{name}_bias") * factor)
+
+    def rows(self, name):
+        """Weights and bias of q, k or v side by side, [H, d, D + 1]."""
+        return torch.cat((getattr(self, name), getattr(self, f"{name}_bias").unsqueeze(-1)), dim=-1)
+
+
+def _rewrite_pca(weights, sums):
+    """The paper's basis (WPAC): orthogonal, one for v and o, one shared by q and k. Returns errors, [d].
+
+    W_v <- U^T W_v, b_v <- U^T b_v, W_o <- W_o U, and the same for q and k with the basis of Sigma_q + Sigma_k.
+    """
+    basis_v = bases.pca_basis(sums.theta_v.covariance)
+    weights.map("v", basis_v.mT)
+    weights.proj = weights.proj @ basis_v
+    if weights.can_turn_keys:
+        # covariance is divided by sum theta, of which the sum of both must have none.
+        basis_qk = bases.pca_basis(sum(m.covariance * m.s0[:, None, None] for m in (sums.theta_q, sums.theta_k)))
+        weights.map("q", basis_qk.mT)
+        weights.map("k", basis_qk.mT)
+    variance_z = (basis_v.mT @ sums.grad_z.covariance @ basis_v).diagonal(dim1=-2, dim2=-1)
+    return bases.output_errors(variance_z, weights.proj, sums.mean_gram)
+
+
+def _rewrite_balanced(weights, sums):
+    """Our basis: mean folding, output-aware V/O basis, balanced Q/K basis. Returns errors, [d]."""
+    mean_z = sums.grad_z.mean
+    if weights.can_fold:
+        _fold_means(weights, mean_z, sums.theta_k.mean)
+    # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
+    covariance_z = sums.grad_z.covariance if weights.can_fold else sums.grad_z.second_moment
+    lost_mean = mean_z if weights.can_fold else torch.zeros_like(mean_z)
+    gram = sums.mean_gram
+    to, back = bases.output_basis(covariance_z, gram, weights.proj)
+    joint = sums.joint_z.about(lost_mean.view(1, -1))[0]
+    to, back = bases.joint_basis(to, back, weights.proj, gram, joint)
+    weights.map("v", to)
+    weights.proj = weights.proj @ back
+    variance_z = (to @ covariance_z @ to.mT).diagonal(dim1=-2, dim2=-1)
+    errors = bases.output_errors(variance_z, weights.proj, gram)
+    scale = bases.equalising_scale(weights.rows("v"), weights.proj.mT)
+    weights.scale("v", scale)
+    weights.proj = weights.proj / scale.unsqueeze(1)
+    if weights.can_turn_keys:
+        _balance_queries_and_keys(weights, sums)
+    return errors
+
+
+def _fold_means(weights, mean_z, mean_k):
+    """Subtract the means of z and k, [H, d] each, where that changes nothing.
+
+    Attention rows sum to one: a constant of v passes straight through to proj's bias. A constant of every key shifts
+    all logits of a query alike, which the softmax ignores.
+    """
+    weights.proj_bias = weights.proj_bias + torch.einsum("hcd,hd->c", weights.proj, mean_z)
+    weights.v_bias = weights.v_bias - mean_z
+    if weights.can_turn_keys:
+        weights.k_bias = weights.k_bias - mean_k
+
+
+def _balance_queries_and_keys(weights, sums):
+    map_q, map_k = bases.query_key_basis(sums.grad_q.second_moment, sums.grad_k.second_moment)
+    weights.map("q", map_q)
+    weights.map("k", map_k)
+    scale = bases.equalising_scale(weights.rows("q"), weights.rows("k"))
+    weights.scale("q", scale)
+    weights.scale("k", 1 / scale)
+
+
+def _permute_queries_and_keys(branch, sums):
+    """Where q and k pass a norm: sort their dimensions by what they carry, alike in all heads, which share the norm.
+
+    Returns what the objective loses with each, [d]. No basis gathers that in the first dimensions, so it counts beside
+    the error at proj's output. To first order, dropping a dimension of q (or of k) changes the objective by -g f.
+    """
+    order = sums.taylor[:2].sum((0, 1)).argsort(descending=True, stable=True)
+    for layer, module in branch.layers:
+        if layer.name == "qkv":
+            _permute(module, layer, order, slice(0, 2 * branch.part.heads))
+        elif layer.side == "norm":
+            _permute(module, layer, order)
+    return sums.hessian[:2].mean(0).sum(0)[order] / sums.tokens

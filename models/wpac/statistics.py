@@ -1,0 +1,303 @@
+"""One streaming pass over the proxy set: weighted moments and Taylor sums of every branch, summed over ranks.
+
+Each batch is reduced to float64 sums as its gradients arrive, and then forgotten. It is cast to float64 a few images at
+a time, so that what is needed beyond the network and the sums does not grow with the batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch.nn import functional as F
+
+import utils
+from models.vit.supernet import branches, frozen, hooks
+from models.wpac.moments import Moments, SymmetricSum
+from utils import InputError
+
+# The number of tokens that are cast to float64 at a time; one image, if it has more.
+TOKENS_AT_ONCE = 256
+
+
+@dataclass
+class BranchStatistics:
+    """What the proxy set says of one branch, all sums over tokens, float64. g is the gradient of the objective at a
+    feature f.
+
+    taylor, hessian: sum of |g f| and of (g f)^2. gram: [D, D] sum of go go^T, go the gradient at the output of the last
+    Linear. output_sum: [D + 1] sum of what the branch adds to the residual stream, and the number of tokens; only where
+    a norm ends the branch.
+    """
+
+    taylor: torch.Tensor
+    hessian: torch.Tensor
+    gram: SymmetricSum | None = None
+    output_sum: torch.Tensor | None = None
+
+    @property
+    def mean_gram(self):
+        """G = E[go go^T], [D, D]."""
+        return self.gram.dense()[0] / self.tokens
+
+    def all_reduce(self):
+        """Sum over ranks, in place."""
+        for name, value in vars(self).items():
+            if isinstance(value, (Moments, SymmetricSum)):
+                value.all_reduce()
+            elif value is not None:
+                setattr(self, name, utils.all_reduce_sum(value))
+
+
+@dataclass
+class AttentionStatistics(BranchStatistics):
+    """taylor and hessian are [3, H, d], for q, k and v. z is the output of a head, before proj.
+
+    ``theta_*`` weight a token by theta, the paper's token importance, ``grad_*`` by |g|^2. The keys of ``grad_k`` are
+    centred in every image (or window) by the mean of its own keys. ``joint_z`` has one group of H d dimensions, z of
+    all heads, with tokens weighted by |go|. Of indivisible attention z alone is measured: taylor and hessian then have
+    z in the place of v, and zeros for q and k.
+    """
+
+    theta_q: Moments | None = None
+    theta_k: Moments | None = None
+    theta_v: Moments | None = None
+    grad_q: Moments | None = None
+    grad_k: Moments | None = None
+    grad_z: Moments | None = None
+    joint_z: Moments | None = None
+
+    @property
+    def taylor_by_width(self):
+        """[d]: of q, k and v and of all heads together."""
+        return self.taylor.sum((0, 1))
+
+    @property
+    def tokens(self):
+        return self.grad_z.count
+
+
+@dataclass
+class MlpStatistics(BranchStatistics):
+    """taylor and hessian are [M]. ``hidden`` has one group of M dimensions: the hidden vector a, after the
+    nonlinearity, with tokens weighted by |dC/da|^2."""
+
+    hidden: Moments | None = None
+
+    @property
+    def taylor_by_width(self):
+        """[M]."""
+        return self.taylor
+
+    @property
+    def tokens(self):
+        return self.hidden.count
+
+
+def _zeros(*shape, device):
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def _attention_statistics(branch, device, moments):
+    heads, width, dim = branch.part.heads, branch.width, branch.output.out_features
+    sums = AttentionStatistics(*(_zeros(3, heads, width, device=device) for _ in range(2)))
+    if moments:
+        features = () if branch.indivisible else ("theta_q", "theta_k", "theta_v", "grad_q", "grad_k")
+        for name in (*features, "grad_z"):
+            setattr(sums, name, Moments(heads, width, device))
+        if not branch.indivisible:
+            sums.joint_z = Moments(1, heads * width, device)
+        sums.gram = SymmetricSum(1, dim, device)
+    return sums
+
+
+def _mlp_statistics(branch, device, hidden):
+    sums = MlpStatistics(*(_zeros(branch.width, device=device) for _ in range(2)))
+    if hidden:
+        sums.hidden, sums.gram = Moments(1, branch.width, device), SymmetricSum(1, branch.output.out_features, device)
+    return sums
+
+
+class _Tap:
+    """Hooks on the layers of one branch that add each batch to its statistics during the backward pass.
+
+    ``kept`` holds activations from the forward pass until their gradients arrive. Autograd holds them too.
+    """
+
+    def __init__(self, branch, sums, moments):
+        self.branch, self.sums, self.kept, self.handles = branch, sums, {}, []
+        self.ends_in_norm = branch.family.post_norm and moments
+        if self.ends_in_norm:
+            sums.output_sum = _zeros(branch.output.out_features + 1, device=sums.taylor.device)
+            self._on(branch.norm, self._on_end)
+
+    def _on(self, module, hook, *arguments):
+        self.handles.append(module.register_forward_hook(lambda _m, given, out: hook(*arguments, given[0], out)))
+
+    def _on_end(self, _given, output):
+        flat = output.detach().flatten(0, -2)
+        self.sums.output_sum[:-1] += flat.sum(0, dtype=torch.float64)
+        self.sums.output_sum[-1] += len(flat)
+
+    def _add_gram(self, gradient):
+        """gradient: [B, T, D], at the output of the last Linear."""
+        for (part,) in _few_images(gradient):
+            self.sums.gram.add(rearrange(part.double(), "b t d -> 1 (b t) d"))
+
+
+class _AttentionTap(_Tap):
+    def __init__(self, branch, device, moments):
+        super().__init__(branch, _attention_statistics(branch, device, moments), moments)
+        self.moments = moments
+        if branch.width and not branch.indivisible:
+            self._on(branch.module.qkv, self._on_qkv)
+        if branch.width and (moments or branch.indivisible):
+            self._on(branch.output, self._on_output)
+
+    def _on_qkv(self, _given, output):
+        self.kept["qkv"] = output.detach()
+        output.register_hook(lambda gradient: self._add_qkv(self.kept.pop("qkv"), gradient))
+
+    def _on_output(self, z, output):
+        self.kept["z"] = z.detach()
+        z.register_hook(lambda gradient: self._add_z(self.kept.pop("z"), gradient))
+        if self.moments:
+            output.register_hook(self._add_output)
+
+    def _heads(self, tensor):
+        return rearrange(tensor.double(), "b t (h d) -> h (b t) d", h=self.branch.part.heads)
+
+    def _add_qkv(self, qkv, gradient):
+        for features, gradients in _few_images(qkv, gradient):
+            pairs = zip("qkv", features.chunk(3, dim=-1), gradients.chunk(3, dim=-1), strict=True)
+            for index, (name, f, g) in enumerate(pairs):
+                self._add_feature(index, name, self._heads(f), self._heads(g), len(features))
+
+    def _add_feature(self, index, name, f, g, images):
+        """Add q, k or v of a few images and its gradient, both [H, n, d], n the tokens of all images."""
+        product = (f * g).abs()
+        self.sums.taylor[index] += product.sum(1)
+        self.sums.hessian[index] += product.square().sum(1)
+        if not self.moments:
+            return
+        theta = product.mean(-1)  # the paper's token importance: mean over the d dimensions of |g f|, [H, n]
+        getattr(self.sums, f"theta_{name}").add(f, theta)
+        if name == "q":
+            self.sums.grad_q.add(f, g.square().sum(-1))
+        if name == "k":
+            # The softmax ignores what is common to all keys of an image: only what differs counts.
+            tokens = f.unflatten(1, (images, -1))
+            self.sums.grad_k.add((tokens - tokens.mean(2, keepdim=True)).flatten(1, 2), g.square().sum(-1))
+
+    def _add_output(self, gradient):
+        self._add_gram(gradient)
+        if self.sums.joint_z is None:
+            return
+        # The gradient at proj's output arrives before the one at its input: z is still kept.
+        for f, g in _few_images(self.kept["z"], gradient):
+            flat = rearrange(f.double(), "b t c -> 1 (b t) c")
+            self.sums.joint_z.add(flat, rearrange(g.double().norm(dim=-1), "b t -> 1 (b t)"))
+
+    def _add_z(self, z, gradient):
+        for f, g in _few_images(z, gradient):
+            f, g = self._heads(f), self._heads(g)
+            if self.moments:
+                self.sums.grad_z.add(f, g.square().sum(-1))
+            if self.branch.indivisible:
+                product = (f * g).abs()
+                self.sums.taylor[2] += product.sum(1)
+                self.sums.hessian[2] += product.square().sum(1)
+
+
+class _MlpTap(_Tap):
+    def __init__(self, branch, device, moments, hidden):
+        super().__init__(branch, _mlp_statistics(branch, device, hidden), moments)
+        if branch.width:
+            for name in branch.part.inputs:
+                self._on(getattr(branch.module, name), self._on_input, name)
+            self._on(branch.output, self._on_output)
+
+    def _on_input(self, name, _given, output):
+        # What goes into the activation function: the hidden vector is computed again from it.
+        self.kept[name] = output.detach()
+
+    def _on_output(self, hidden, output):
+        names = self.branch.part.inputs
+        hidden.register_hook(lambda gradient: self._add_hidden([self.kept.pop(name) for name in names], gradient))
+        if self.sums.gram:
+            output.register_hook(self._add_gram)
+
+    def _add_hidden(self, before, gradient):
+        module, part = self.branch.module, self.branch.part
+        for *inputs, g in _few_images(*before, gradient):
+            # Under autocast the inputs are of a narrower type than the weights, which the norm of some kinds refuses.
+            # A copy, because an activation may work in place.
+            hidden = part.hidden(module, *(x.to(self.branch.output.weight, copy=True) for x in inputs))
+            a, g = (rearrange(t.float(), "b t m -> (b t) m") for t in (hidden, g))
+            product = (a * g).abs()
+            self.sums.taylor += product.sum(0, dtype=torch.float64)
+            self.sums.hessian += product.square().sum(0, dtype=torch.float64)
+            if self.sums.hidden:
+                self.sums.hidden.add(a.double().unsqueeze(0), g.double().square().sum(-1).unsqueeze(0))
+
+
+def _few_images(*tensors):
+    """Tensors [B, T, n], a few images at a time, so that what is computed from them in float64 stays small."""
+    images = max(TOKENS_AT_ONCE // tensors[0].shape[1], 1)
+    return zip(*(tensor.split(images) for tensor in tensors), strict=True)
+
+
+def _tap(branch, device, moments, hidden):
+    if branch.name == "attn":
+        return _AttentionTap(branch, device, moments)
+    return _MlpTap(branch, device, moments, hidden)
+
+
+def collect_statistics(supernet, batches, objective, moments=True, hidden=False, amp="none"):
+    """Measure every branch of a super-network at its present widths on the proxy set (docs/stage1.md).
+
+    Args:
+        batches: iterable of (images [B, C, H, W], labels [B], positions [B] in the proxy set), this rank's share.
+        objective: function (model, images, labels, positions) -> scalar, a sum over images.
+        moments: also collect what the bases need.
+        hidden: also collect what compensation needs, M x M float64 numbers per block.
+    Returns 2L AttentionStatistics and MlpStatistics, in the order of Widths.flat, summed over ranks. Parameters get no
+    gradient, and the training mode is put back. Raises InputError if an activation or gradient is not finite, and if
+    no image was seen.
+    """
+    device = next(supernet.parameters()).device
+    taps = [_tap(branch, device, moments, hidden) for branch in branches(supernet)]
+    seen = torch.zeros((), device=device)
+    with frozen(supernet), hooks([handle for tap in taps for handle in tap.handles]):
+        for images, labels, positions in batches:
+            images = images.to(device).requires_grad_()
+            with utils.autocast(device, amp):
+                value = objective(supernet, images, labels.to(device), positions)
+            value.backward()
+            seen += len(images)
+    if utils.all_reduce_sum(seen) == 0:
+        raise InputError("there is no proxy image that can be read")
+    for index, tap in enumerate(taps):
+        tap.sums.all_reduce()
+        if not torch.isfinite(tap.sums.taylor).all():
+            raise InputError(
+                f"block {index // 2}: activations or gradients on the proxy set are NaN or infinite: check the weights"
+            )
+    return [tap.sums for tap in taps]
+
+
+def label_objective(model, images, labels, positions):
+    """The paper's: the sum over images of the logit of the true class."""
+    return model(images).gather(1, labels[:, None]).sum()
+
+
+def feature_objective(model, images, labels, positions):
+    """For networks without labels or classifier: the pooled feature times a random unit vector, one for each image.
+
+    The squared gradient then estimates how far a feature moves the network's output, |d output|^2 / D.
+    """
+    feature = model.forward_head(model.forward_features(images), pre_logits=True)
+    vectors = [torch.randn(feature.shape[1], generator=utils.keyed_generator(17, int(p))) for p in positions]
+    return (feature * F.normalize(torch.stack(vectors)).to(feature)).sum()
+
+
+OBJECTIVES = {"label": label_objective, "feature": feature_objective}
