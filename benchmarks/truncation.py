@@ -33,7 +33,8 @@ METHODS = {
     "attn": {
         **PLAIN,
         "pca": ("pca", "taylor", "label", "plain"), "balanced": ("balanced", "taylor", "label", "plain"),
-        "balanced, feature objective": ("balanced", "taylor", "feature", "plain"), "balanced, calibrated": CALIBRATED,
+        "balanced, feature objective": ("balanced", "taylor", "feature", "plain"),
+        "balanced, compensated": GREEDY, "balanced, calibrated": CALIBRATED,
     },
     "mlp": {
         **PLAIN,
@@ -56,7 +57,7 @@ METHODS = {
 }  # fmt: skip
 BY_SENSITIVITY = list(METHODS["whole"])[:3]
 SHOWN = {
-    "attn": (*UNROTATED, "pca", "balanced"),
+    "attn": (*UNROTATED, "pca", "balanced", "balanced, compensated"),
     "mlp": ("random", "taylor", "hessian", "hessian, compensated", "greedy, compensated"),
     "both": ("hessian", "pca + hessian (paper)", "balanced + greedy, compensated", "the same, calibrated"),
 }

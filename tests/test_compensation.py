@@ -5,7 +5,7 @@ import torch
 from conftest import TINY_WIDTHS, measured, proxy_batches, random_images, rewritten, tiny_supernet
 
 from models.subnet.extract import extract
-from models.vit.supernet import full_widths
+from models.vit.supernet import branches, full_widths, hooks
 from models.vit.widths import Widths
 from models.wpac.bases import factorise, greedy_order
 from models.wpac.calibration import calibrate
@@ -84,6 +84,30 @@ def test_full_width_is_untouched_and_narrower_is_closer(kwargs):
         networks = extract(supernet, widths), cut(supernet, widths, compensation)
         plain, compensated = ((network(images) - supernet(images)).square().mean() for network in networks)
     assert compensated < 0.5 * plain
+
+
+@pytest.mark.parametrize("basis", ["balanced", "pca"])
+def test_compensated_attention_equals_weighted_least_squares(basis):
+    """The kept dimensions of all heads predict the output of proj, with tokens weighted by the gradient there."""
+    supernet, kept, seen = tiny_supernet().double(), 4, []
+    compensation, attention = rewritten(supernet, measured(supernet, hidden=True), basis), branches(supernet)[2]
+
+    def note(_module, given, output):
+        output.register_hook(lambda go: seen.append((given[0].detach(), output.detach(), go.norm(dim=-1))))
+
+    with hooks([attention.output.register_forward_hook(note)]):
+        for batch in proxy_batches(dtype=torch.float64):
+            OBJECTIVES["label"](supernet, *batch).backward()
+    z, output, weight = (torch.cat(tensors).flatten(0, 1) for tensors in zip(*seen, strict=True))
+    root = weight.sqrt()[:, None]
+    design = torch.cat((z.unflatten(1, (3, 16))[..., :kept].flatten(1), torch.ones_like(root)), 1)
+    solution = torch.linalg.lstsq(design * root, output * root).solution
+    proj = cut(supernet, Widths((16, kept, 16), (192,) * 3), compensation).blocks[1].attn.proj
+    assert torch.allclose(proj.weight, solution[:-1].mT, rtol=0, atol=1e-2)
+    assert torch.allclose(proj.bias, solution[-1], rtol=0, atol=1e-2)
+    assert proj.weight.abs().max() > 0.5 and not torch.allclose(
+        proj.weight, attention.output.weight.unflatten(1, (3, 16))[..., :kept].flatten(1), rtol=0, atol=1e-1
+    )
 
 
 def test_every_shape_can_be_compensated_and_stored(tmp_path):

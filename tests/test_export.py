@@ -73,9 +73,10 @@ def test_a_saved_sub_network_loads_with_the_same_logits_and_its_own_size(tmp_pat
 @torch.no_grad()
 def test_compensation_survives_saving(tmp_path):
     supernet, images = random_supernet(), random_images(2, size=24)
-    factor = torch.tril(torch.rand(256, 256, dtype=torch.float64)) + 16 * torch.eye(256)
-    attention, mlp = (Compensation(*map(torch.rand, sizes)) for sizes in ((16, 64), (256, 64, 256, 256)))
-    mlp.factor = factor
+    attention, mlp = (Compensation(*map(torch.rand, (width, 64, 0, size))) for width, size in ((16, 64), (256, 256)))
+    for known in (attention, mlp):
+        size = len(known.input_mean)
+        known.factor = torch.tril(torch.rand(size, size, dtype=torch.float64)) + 16 * torch.eye(size)
     subnet = compensate(extract(supernet, WIDTHS), supernet, [attention, mlp] * 4)
     assert not torch.equal(subnet(images), extract(supernet, WIDTHS)(images))
     save(subnet, supernet, tmp_path)

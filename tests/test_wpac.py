@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import difference, measured, proxy_batches, random_images, tiny_supernet
-from einops import rearrange
 
 from models.vit.supernet import set_widths
 from models.vit.widths import Widths
-from models.wpac.bases import joint_basis, output_basis, pca_basis, prefix_errors, query_key_basis, symmetric_power
+from models.wpac.bases import output_basis, pca_basis, query_key_basis, symmetric_power
 from models.wpac.moments import Moments
 from models.wpac.rewrite import reparameterise
 from utils import InputError
@@ -100,34 +99,6 @@ def test_output_basis_is_exact_and_optimal():
         lost = proj - proj @ back[:, :, :kept] @ to[:, :kept]
         error = (gram @ lost @ covariance @ lost.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
         assert torch.allclose(error, values[:, kept:].square().sum(-1), rtol=1e-6)
-
-
-def test_joint_basis_lowers_the_error_that_is_measured_on_samples():
-    """prefix_errors equals the error on the samples behind its moments; joint_basis lowers it for every width."""
-    heads, width, generator = 3, 8, torch.Generator().manual_seed(6)
-
-    def normal(*shape):
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-    # Heads that share what they see and where they write: their dropped parts can cancel.
-    z = (normal(200, 10) @ normal(10, heads * width)) / 3 + 0.3 * normal(200, heads * width)
-    proj, gram = normal(heads, 12, width), random_covariance(1, 12, 7)[0]
-    moment = z.mT @ z / len(z)
-    own = torch.stack([moment[i : i + width, i : i + width] for i in range(0, heads * width, width)])
-
-    def errors(to, back, kept):
-        lost = torch.eye(width, dtype=z.dtype) - back[..., :kept] @ to[:, :kept]
-        out = torch.einsum("hcd,hde,nhe->nc", proj, lost, z.view(-1, heads, width))
-        return ((out @ gram) * out).sum(1).mean()
-
-    start = output_basis(own, gram, proj)
-    to, back = joint_basis(*start, proj, gram, moment)
-    assert torch.allclose(to @ back, torch.eye(width, dtype=z.dtype).expand(heads, -1, -1), atol=1e-9)
-    columns = rearrange(proj, "h c d -> c (h d)")
-    predicted = prefix_errors(to, [1, 2, 4], columns.mT @ gram @ columns, moment)
-    for kept, value in zip((1, 2, 4), predicted, strict=True):
-        assert torch.allclose(errors(to, back, kept), value, rtol=1e-8)
-        assert value < errors(*start, kept)
 
 
 def test_weighted_moments_equal_the_direct_computation():

@@ -153,6 +153,8 @@ def _softmax_attention(module):
         )
     if module.qkv.bias is None or module.proj.bias is None:
         left_out[Transform.MEAN_FOLDING] = "there is no bias in qkv, or none in proj, to fold means into"
+    if module.proj.bias is None:
+        left_out[Transform.COMPENSATION] = "proj has no bias to fold means into"
     width = module.qkv.out_features // (3 * heads)
     return AttentionPart(width, tuple(layers), "proj", left_out, heads)
 

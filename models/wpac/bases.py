@@ -3,18 +3,12 @@
 All are pure functions on float64 tensors, batched over heads. ``rewrite.py`` applies what they return.
 """
 
-import itertools
-
 import torch
-from einops import rearrange
 
 from utils import InputError
 
 # Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
 EIGENVALUE_FLOOR = 1e-9
-# How the joint refinement of the V/O bases weighs narrow against wide prefixes, and its L-BFGS steps per block.
-JOINT_BALANCE = 0.5
-JOINT_STEPS = 60
 # Added to the diagonal of a covariance, relative to its mean: units that are never active have no variance.
 RIDGE = 1e-5
 # The share of an MLP's error at which the greedy order has done its work.
@@ -62,89 +56,6 @@ def output_basis(covariance_z, output_gram, proj):
     # Right singular vectors of G^(1/2) W_o Sigma_z^(1/2), from its d x d Gram matrix: no root of G is needed.
     v = pca_basis(root @ (proj.mT @ output_gram @ proj) @ root)
     return v.mT @ inverse_root, root @ v
-
-
-def prefix_errors(change, kept, output_gram, moment_z):
-    """Expected squared error at proj's output, all heads together, of keeping the first ``kept`` dimensions of each.
-
-    Args, in coordinates where nothing is changed yet, (h d) for the dimensions of all heads:
-        change: [H, d, d] maps of z, whose inverses map the columns of proj.
-        kept: list of K widths.
-        output_gram: [H d, H d], W_o^T G W_o. moment_z: [H d, H d], the joint second moment of all heads' z.
-    Returns [K].
-    """
-    back, (heads, width, _) = torch.linalg.inv(change), change.shape
-    gram = output_gram.view(heads, width, heads, width)
-    moment = moment_z.view(heads, width, heads, width)
-    errors = []
-    for k in kept:
-        lost = back[..., k:] @ change[:, k:]
-        carried = torch.einsum("hia,higj,gjb->hagb", lost, gram, lost)
-        errors.append((carried * moment).sum())
-    return torch.stack(errors)
-
-
-def joint_basis(to, back, proj, output_gram, moment_z):
-    """Refine the maps of ``output_basis`` so that what the heads drop cancels where it can (docs/stage1.md, 2).
-
-    Heads share directions of the output, which ``output_basis`` does not see: it treats each head alone. L-BFGS on the
-    error of all heads together at 1/16, 1/8, 1/4 and 1/2 of the width, each weighted by its own start to the power
-    -JOINT_BALANCE: 0 would serve the smallest width alone, 1 all alike.
-
-    Args: to, back: [H, d, d]; proj: [H, D, d]; output_gram: [D, D]; moment_z: [H d, H d], of z of all heads.
-    Returns (to, back), again inverse to each other.
-    """
-    width = to.shape[-1]
-    kept = sorted({width >> shift for shift in (1, 2, 3, 4)} - {0})
-    carried = rearrange(proj @ back, "h c d -> c (h d)")
-    gram = carried.mT @ output_gram @ carried
-    maps = torch.block_diag(*to)
-    moment = maps @ moment_z @ maps.mT
-    identity = torch.eye(width).to(to)
-    change = torch.zeros_like(to).requires_grad_()
-    start = prefix_errors(identity + change.detach(), kept, gram, moment)
-    if not kept or not (start > 0).all():
-        return to, back
-    weight = start.pow(-JOINT_BALANCE)
-    weight = weight / (weight * start).sum()
-    optimiser = torch.optim.LBFGS([change], max_iter=JOINT_STEPS, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimiser.zero_grad()
-        value = (weight * prefix_errors(identity + change, kept, gram, moment)).sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimiser.step(loss)
-    change = identity + change.detach()
-    if not (weight * prefix_errors(change, kept, gram, moment)).sum() < 1:
-        return to, back
-    refined = _sort_between(kept, change @ to, back @ torch.linalg.inv(change), proj, output_gram, moment_z)
-    # Too few tokens, or all alike, say nothing of what heads share, and leave maps that float32 weights cannot hold.
-    if not (torch.linalg.cond(refined[0]) < EIGENVALUE_FLOOR**-0.5).all():
-        return to, back
-    return refined
-
-
-def _sort_between(bounds, to, back, proj, output_gram, moment_z):
-    """Sort the dimensions between one bound and the next as ``output_basis`` does; prefixes up to a bound stay."""
-    heads, width, _ = to.shape
-    own = torch.einsum("hihj->hij", moment_z.view(heads, width, heads, width))
-    to, back = to.clone(), back.clone()
-    for start, end in itertools.pairwise((0, *bounds, width)):
-        rows, columns = to[:, start:end], back[..., start:end]
-        sort, unsort = output_basis(rows @ own @ rows.mT, output_gram, proj @ columns)
-        to[:, start:end], back[..., start:end] = sort @ rows, columns @ unsort
-    return to, back
-
-
-def output_errors(variance_z, proj, gram):
-    """Expected loss when one dimension of all heads goes: sum over heads of var(z_j) |G^(1/2) W_o,j|^2.
-
-    variance_z [H, d], proj [H, D, d], gram [D, D]. Returns [d].
-    """
-    return torch.einsum("hd,hcd,ce,hed->d", variance_z, proj, gram, proj)
 
 
 def query_key_basis(moment_q, covariance_k):

@@ -1,19 +1,23 @@
-"""Closed-form compensation of what truncation drops (docs/stage1.md, 6): no data, no training, one solve per MLP.
+"""Closed-form compensation of what truncation drops (docs/stage1.md, 6): no data, no training, a solve per branch.
 
-The hidden units that a narrower MLP keeps predict the dropped ones linearly. Folding the prediction into fc2 loses only
-what they cannot predict. The covariance C of the hidden vector a is factored once as C = F F^T, F lower triangular; the
-leading k x k part of F is the factor of the leading part of C, so one factor serves every width:
+What a narrower branch keeps of the input of its last Linear predicts linearly what it drops. Folding the prediction
+into that Linear loses only what cannot be predicted. The input x is a, the hidden vector, for an MLP, and z of all
+heads for attention, sorted by dimension first and head second: then the first k dimensions of every head are a prefix
+too. The covariance C of x is factored once as C = F F^T, F lower triangular; the leading part of F is the factor of
+the leading part of C, so one factor serves every width. For W, b of the full Linear, the mean mu of x, and n kept
+entries:
 
-    W2' = W2[:, :k] + (W2[:, k:] F[k:, :k]) F[:k, :k]^-1       b2' = b2 + W2 mu - W2' mu[:k]
+    W' = W[:, :n] + (W[:, n:] F[n:, :n]) F[:n, :n]^-1       b' = b + W mu - W' mu[:n]
 
-The error left at width k, in the metric G of the gradient at the MLP's output, is a sum over the dropped units of
-e_j = |G^(1/2) (W2 F)_j|^2. Attention needs no solve: its dimensions are uncorrelated in the balanced basis.
+The error that is left, in the metric G of the gradient at the branch's output, is a sum over the dropped entries of
+e_j = |G^(1/2) (W F)_j|^2.
 """
 
 import hashlib
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -35,7 +39,8 @@ class Compensation:
 
     errors: [width], what the objective is expected to lose when a dimension of all heads, or a hidden unit, goes.
     output_mean: [D], mean output of the branch before LayerScale, and after a norm that follows the branch.
-    factor, input_mean: [M, M] lower triangular F and [M] mu of the hidden vector; MLPs only.
+    factor, input_mean: [n, n] lower triangular F and [n] mu of the input of the last Linear, n = H d in the order
+    (d H), or M; None if the branch is indivisible.
     """
 
     errors: torch.Tensor
@@ -49,18 +54,28 @@ class Compensation:
 
         rewrite: what ``reparameterise`` did to it.
         """
-        made = _of_attention(rewrite) if branch.name == "attn" else _of_mlp(branch, sums, rewrite.order)
+        made = (_of_attention if branch.name == "attn" else _of_mlp)(branch, sums, rewrite)
         if sums.output_sum is not None:
             made.output_mean = sums.output_sum[:-1] / sums.output_sum[-1].clamp(min=1)
         return made
 
 
-def _of_attention(rewrite):
-    return Compensation(rewrite.errors, rewrite.output_mean)
+def _of_attention(branch, sums, rewrite):
+    if branch.indivisible:
+        return Compensation(rewrite.lost, rewrite.output_mean)
+    maps, heads = torch.block_diag(*rewrite.maps), branch.part.heads
+    mean = sums.joint_z.weighted_mean
+    covariance = maps @ sums.joint_z.about(mean)[0] @ maps.mT
+    input_mean = maps @ (mean[0] - rewrite.shift.flatten())
+    order = _dimension_first(torch.arange(len(maps)), heads)
+    factor, input_mean = factorise(covariance[order][:, order]), input_mean[order]
+    weight = _dimension_first(branch.output.weight.detach().double(), heads)
+    errors = unit_errors(weight, factor, sums.mean_gram).unflatten(0, (-1, heads)).sum(1)
+    return Compensation(errors + rewrite.lost, rewrite.output_mean, factor, input_mean)
 
 
-def _of_mlp(branch, sums, order):
-    mean, output = sums.hidden.weighted_mean, branch.output
+def _of_mlp(branch, sums, rewrite):
+    mean, output, order = sums.hidden.weighted_mean, branch.output, rewrite.order
     covariance, input_mean = sums.hidden.about(mean)[0][order][:, order], mean[0][order]
     factor, weight = factorise(covariance), output.weight.detach().double()
     output_mean = weight @ input_mean + (0 if output.bias is None else output.bias.detach().double())
@@ -69,6 +84,11 @@ def _of_mlp(branch, sums, order):
     else:  # No compensation: dropping a unit changes the objective by -g a (first order). The error is E[(g a)^2].
         errors = (sums.hessian / sums.hidden.count)[order]
     return Compensation(errors, output_mean, factor, input_mean)
+
+
+def _dimension_first(columns, heads):
+    """[..., (h d)] -> [..., (d h)]."""
+    return rearrange(columns, "... (h d) -> ... (d h)", h=heads)
 
 
 def compensation_of(supernet, statistics, rewrites):
@@ -87,13 +107,13 @@ def measure_compensation(supernet, batches, objective, amp="none"):
 
 
 def unit_errors(weight, factor, gram):
-    """e_j = |G^(1/2) (W2 F)_j|^2, [M]: weight [D, M], factor [M, M], gram [D, D]."""
+    """e_j = |G^(1/2) (W F)_j|^2, [n]: weight [D, n], factor [n, n], gram [D, D]."""
     carried = weight @ factor
     return (carried * (gram @ carried)).sum(0).clamp(min=0)
 
 
 def fold(weight, bias, factor, mean, kept):
-    """fc2 of width ``kept`` with the prediction of the dropped units folded in: (W2' [D, k], b2' [D])."""
+    """The last Linear with ``kept`` inputs and the prediction of the dropped ones folded in: (W' [D, kept], b' [D])."""
     if kept == weight.shape[1]:
         return weight, bias
     dropped = weight[:, kept:] @ factor[kept:, :kept]
@@ -106,10 +126,10 @@ def fold(weight, bias, factor, mean, kept):
 def compensate(subnet, supernet, compensation):
     """Fold into an extracted network what its truncation drops, in place (docs/stage1.md, 6).
 
-    Narrower MLPs get the closed-form fc2. The mean output of a removed branch goes into the output bias of the last
-    kept branch before it (the bias of its norm, if one follows), or into the embedding if there is none. Nothing reads
-    the residual stream in between, so that is exact. A constant cannot be moved across patch merging, because the norm
-    inside reads the stream: there the mean is lost, as it is where no bias is found.
+    The last Linear of a narrower branch gets the closed form. The mean output of a removed branch goes into the output
+    bias of the last kept branch before it (the bias of its norm, if one follows), or into the embedding if there is
+    none. Nothing reads the residual stream in between, so that is exact. A constant cannot be moved across patch
+    merging, because the norm inside reads the stream: there the mean is lost, as it is where no bias is found.
 
     compensation: 2L Compensation, measured on ``supernet`` at full width. Returns ``subnet``.
     """
@@ -125,16 +145,17 @@ def compensate(subnet, supernet, compensation):
             continue
         last = getattr(cut.module, branch.part.output)
         if known.factor is not None and branch.part.can(Transform.COMPENSATION):
-            _fold_into(last, branch.output, known)
+            _fold_into(last, branch.output, known, getattr(branch.part, "heads", 1))
         bias = getattr(cut.norm if branch.family.post_norm else last, "bias", None)  # an RMSNorm has none
         place = [] if bias is None else [(bias, branch.scale)]
     return subnet
 
 
-def _fold_into(cut, full, known):
-    tensors = (full.weight, full.bias, known.factor, known.input_mean)
+def _fold_into(cut, full, known, heads):
+    """heads: groups of columns that are cut alike, H for attention and 1 for an MLP."""
+    tensors = (_dimension_first(full.weight, heads), full.bias, known.factor, known.input_mean)
     weight, bias = fold(*(t.to(full.weight.device, torch.float64) for t in tensors), cut.in_features)
-    cut.weight.copy_(weight)
+    cut.weight.copy_(rearrange(weight, "c (d h) -> c (h d)", h=heads))
     cut.bias.copy_(bias)
 
 
@@ -164,9 +185,9 @@ def _embedding_of(network):
 
 
 def _digest(supernet):
-    """A fingerprint of the output layers of all MLPs, which a compensation belongs to."""
+    """A fingerprint of the last Linear of every branch, which a compensation belongs to."""
     digest = hashlib.sha256()
-    for branch in branches(supernet)[1::2]:
+    for branch in branches(supernet):
         digest.update(branch.output.weight.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
@@ -181,7 +202,7 @@ def save_compensation(compensation, supernet, path):
             if value is not None
         }
         with utils.atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"fc2": _digest(supernet)})
+            save_file(tensors, temporary, metadata={"weights": _digest(supernet)})
 
 
 def load_compensation(path, supernet):
@@ -191,7 +212,7 @@ def load_compensation(path, supernet):
     """
     try:
         with safe_open(path, framework="pt") as file:
-            owner = (file.metadata() or {}).get("fc2")
+            owner = (file.metadata() or {}).get("weights")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; stage 1 writes it beside the weights") from None
@@ -205,10 +226,9 @@ def load_compensation(path, supernet):
 
 
 def _read_one(tensors, branch, path):
-    dim, width = branch.output.out_features, branch.full
-    shapes = {"errors": (width,), "output_mean": (dim,)}
-    if branch.name == "mlp":
-        shapes |= {"factor": (width, width), "input_mean": (width,)}
+    size = branch.output.in_features
+    shapes = {"errors": (branch.full,), "output_mean": (branch.output.out_features,)}
+    shapes |= {} if branch.indivisible else {"factor": (size, size), "input_mean": (size,)}
     for name, shape in shapes.items():
         tensor = tensors.get(f"{branch}.{name}")
         if tensor is None:

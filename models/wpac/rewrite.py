@@ -15,11 +15,17 @@ from models.wpac import bases
 
 @dataclass
 class AttentionRewrite:
-    """output_mean: [D], mean output of the attention before LayerScale. errors: [d], what the objective is expected to
-    lose when a dimension of all heads goes; where heads stay as they are, only their sum is of use."""
+    """What became of z, the output of the heads before proj: each head's is now maps (z - shift).
 
+    maps: [H, d, d]; shift: [H, d]; output_mean: [D], mean output of the attention before LayerScale. lost: [d], what
+    the objective is expected to lose when a dimension of all heads goes, beside what proj loses; of indivisible
+    attention all of it, of which only the sum is of use.
+    """
+
+    maps: torch.Tensor
+    shift: torch.Tensor
     output_mean: torch.Tensor
-    errors: torch.Tensor
+    lost: torch.Tensor
 
 
 @dataclass
@@ -85,20 +91,23 @@ def _permute(module, layer, order, groups=slice(None)):
 
 
 def _rewrite_attention(branch, sums, basis, untouched):
-    proj = branch.output
+    proj, mean_z = branch.output, sums.grad_z.mean
     columns = rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=branch.part.heads)
-    mean = torch.einsum("hcd,hd->c", columns, sums.grad_z.mean)
+    mean = torch.einsum("hcd,hd->c", columns, mean_z)
     mean = mean if proj.bias is None else mean + proj.bias.detach().double()
+    identity = torch.eye(branch.full).to(mean_z).expand(len(mean_z), -1, -1)
+    rewrite = AttentionRewrite(identity, torch.zeros_like(mean_z), mean, torch.zeros_like(mean_z[0]))
+    if branch.indivisible:
+        # With all dimensions of a head their correlations are lost too.
+        rewrite.lost = (columns.mT @ sums.mean_gram @ columns * sums.grad_z.covariance).sum((0, 1))
     if branch.indivisible or untouched:
-        # What is lost with all dimensions of a head, their correlations included.
-        carried = columns.mT @ sums.mean_gram @ columns
-        return AttentionRewrite(mean, (carried * sums.grad_z.covariance).sum((0, 1)))
+        return rewrite
     weights = HeadWeights(branch)
-    errors = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis](weights, sums)
+    rewrite.maps, rewrite.shift = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis](weights, sums)
     weights.write()
     if not weights.can_turn_keys:
-        errors = errors + _permute_queries_and_keys(branch, sums)
-    return AttentionRewrite(mean, errors)
+        rewrite.lost = _permute_queries_and_keys(branch, sums)
+    return rewrite
 
 
 class HeadWeights:
@@ -149,7 +158,7 @@ class HeadWeights:
 
 
 def _rewrite_pca(weights, sums):
-    """The paper's basis (WPAC): orthogonal, one for v and o, one shared by q and k. Returns errors, [d].
+    """The paper's basis (WPAC): orthogonal, one for v and o, one shared by q and k. Returns maps and shift of z.
 
     W_v <- U^T W_v, b_v <- U^T b_v, W_o <- W_o U, and the same for q and k with the basis of Sigma_q + Sigma_k.
     """
@@ -161,32 +170,25 @@ def _rewrite_pca(weights, sums):
         basis_qk = bases.pca_basis(sum(m.covariance * m.s0[:, None, None] for m in (sums.theta_q, sums.theta_k)))
         weights.map("q", basis_qk.mT)
         weights.map("k", basis_qk.mT)
-    variance_z = (basis_v.mT @ sums.grad_z.covariance @ basis_v).diagonal(dim1=-2, dim2=-1)
-    return bases.output_errors(variance_z, weights.proj, sums.mean_gram)
+    return basis_v.mT, torch.zeros_like(sums.grad_z.mean)
 
 
 def _rewrite_balanced(weights, sums):
-    """Our basis: mean folding, output-aware V/O basis, balanced Q/K basis. Returns errors, [d]."""
+    """Our basis: mean folding, output-aware V/O basis, balanced Q/K basis. Returns maps and shift of z."""
     mean_z = sums.grad_z.mean
     if weights.can_fold:
         _fold_means(weights, mean_z, sums.theta_k.mean)
     # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
     covariance_z = sums.grad_z.covariance if weights.can_fold else sums.grad_z.second_moment
-    lost_mean = mean_z if weights.can_fold else torch.zeros_like(mean_z)
-    gram = sums.mean_gram
-    to, back = bases.output_basis(covariance_z, gram, weights.proj)
-    joint = sums.joint_z.about(lost_mean.view(1, -1))[0]
-    to, back = bases.joint_basis(to, back, weights.proj, gram, joint)
+    to, back = bases.output_basis(covariance_z, sums.mean_gram, weights.proj)
     weights.map("v", to)
     weights.proj = weights.proj @ back
-    variance_z = (to @ covariance_z @ to.mT).diagonal(dim1=-2, dim2=-1)
-    errors = bases.output_errors(variance_z, weights.proj, gram)
     scale = bases.equalising_scale(weights.rows("v"), weights.proj.mT)
     weights.scale("v", scale)
     weights.proj = weights.proj / scale.unsqueeze(1)
     if weights.can_turn_keys:
         _balance_queries_and_keys(weights, sums)
-    return errors
+    return scale.unsqueeze(-1) * to, mean_z if weights.can_fold else torch.zeros_like(mean_z)
 
 
 def _fold_means(weights, mean_z, mean_k):

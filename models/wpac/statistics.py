@@ -53,9 +53,9 @@ class AttentionStatistics(BranchStatistics):
     """taylor and hessian are [3, H, d], for q, k and v. z is the output of a head, before proj.
 
     ``theta_*`` weight a token by theta, the paper's token importance, ``grad_*`` by |g|^2. The keys of ``grad_k`` are
-    centred in every image (or window) by the mean of its own keys. ``joint_z`` has one group of H d dimensions, z of
-    all heads, with tokens weighted by |go|. Of indivisible attention z alone is measured: taylor and hessian then have
-    z in the place of v, and zeros for q and k.
+    centred in every image (or window) by the mean of its own keys. ``joint_z``, for compensation, has one group of H d
+    dimensions, z of all heads, with tokens weighted by |go|. Of indivisible attention z alone is measured: taylor and
+    hessian then have z in the place of v, and zeros for q and k.
     """
 
     theta_q: Moments | None = None
@@ -97,14 +97,14 @@ def _zeros(*shape, device):
     return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
-def _attention_statistics(branch, device, moments):
+def _attention_statistics(branch, device, moments, hidden):
     heads, width, dim = branch.part.heads, branch.width, branch.output.out_features
     sums = AttentionStatistics(*(_zeros(3, heads, width, device=device) for _ in range(2)))
     if moments:
         features = () if branch.indivisible else ("theta_q", "theta_k", "theta_v", "grad_q", "grad_k")
         for name in (*features, "grad_z"):
             setattr(sums, name, Moments(heads, width, device))
-        if not branch.indivisible:
+        if hidden and not branch.indivisible:
             sums.joint_z = Moments(1, heads * width, device)
         sums.gram = SymmetricSum(1, dim, device)
     return sums
@@ -145,8 +145,8 @@ class _Tap:
 
 
 class _AttentionTap(_Tap):
-    def __init__(self, branch, device, moments):
-        super().__init__(branch, _attention_statistics(branch, device, moments), moments)
+    def __init__(self, branch, device, moments, hidden):
+        super().__init__(branch, _attention_statistics(branch, device, moments, hidden), moments)
         self.moments = moments
         if branch.width and not branch.indivisible:
             self._on(branch.module.qkv, self._on_qkv)
@@ -248,7 +248,7 @@ def _few_images(*tensors):
 
 def _tap(branch, device, moments, hidden):
     if branch.name == "attn":
-        return _AttentionTap(branch, device, moments)
+        return _AttentionTap(branch, device, moments, hidden)
     return _MlpTap(branch, device, moments, hidden)
 
 
@@ -259,7 +259,7 @@ def collect_statistics(supernet, batches, objective, moments=True, hidden=False,
         batches: iterable of (images [B, C, H, W], labels [B], positions [B] in the proxy set), this rank's share.
         objective: function (model, images, labels, positions) -> scalar, a sum over images.
         moments: also collect what the bases need.
-        hidden: also collect what compensation needs, M x M float64 numbers per block.
+        hidden: also collect what compensation needs, M x M and H d x H d float64 numbers per block.
     Returns 2L AttentionStatistics and MlpStatistics, in the order of Widths.flat, summed over ranks. Parameters get no
     gradient, and the training mode is put back. Raises InputError if an activation or gradient is not finite, and if
     no image was seen.
