@@ -92,6 +92,9 @@ class Switched:
             return super().forward(x, *args, **kwargs)
         return torch.zeros_like(x) if self.returns_zeros else x
 
+    def extra_repr(self):
+        return ", ".join(filter(None, (super().extra_repr(), "" if self.on else "off")))
+
     def __reduce__(self):
         return _without_state, (_switched, type(self).stock), self.__dict__
 
