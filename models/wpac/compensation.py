@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import nn
 
 import utils
@@ -202,7 +202,8 @@ def save_compensation(compensation, supernet, path):
             if value is not None
         }
         with utils.atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"weights": _digest(supernet)})
+            # Not save_file, which makes files that their owner alone can read.
+            temporary.write_bytes(to_safetensors(tensors, metadata={"weights": _digest(supernet)}))
 
 
 def load_compensation(path, supernet):
