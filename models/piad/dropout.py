@@ -149,7 +149,7 @@ class DropoutList:
         proxy: iterable of (images, labels, positions), this rank's share of the proxy set; it is gone through twice.
         Raises RanksDisagree if the ranks do not arrive at the same list.
         """
-        if self.complete or self._cost_of_last() <= self._target(epoch):
+        if self.growth is None or self._cost_of_last() <= self._target(epoch):
             return
         growth, last = self.growth, self.table.steps[-1]
         set_widths(supernet, last)
