@@ -18,8 +18,8 @@ class AttentionRewrite:
     """What became of z, the output of the heads before proj: each head's is now maps (z - shift).
 
     maps: [H, d, d]; shift: [H, d]; output_mean: [D], mean output of the attention before LayerScale. lost: [d], what
-    the objective is expected to lose when a dimension of all heads goes, beside what proj loses; of indivisible
-    attention all of it, of which only the sum is of use.
+    the objective is expected to lose by q and k when a dimension of all heads goes, beside what proj loses; of
+    indivisible attention all that is lost, of which only the sum is of use.
     """
 
     maps: torch.Tensor
@@ -100,14 +100,33 @@ def _rewrite_attention(branch, sums, basis, untouched):
     if branch.indivisible:
         # With all dimensions of a head their correlations are lost too.
         rewrite.lost = (columns.mT @ sums.mean_gram @ columns * sums.grad_z.covariance).sum((0, 1))
-    if branch.indivisible or untouched:
+        return rewrite
+    if untouched:
+        rewrite.lost = _lost_with_queries(sums)
         return rewrite
     weights = HeadWeights(branch)
-    rewrite.maps, rewrite.shift = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis](weights, sums)
+    solve = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
+    rewrite.maps, rewrite.shift, *turn = solve(weights, sums)
     weights.write()
+    rewrite.lost = _lost_with_queries(sums, *turn)
     if not weights.can_turn_keys:
-        rewrite.lost = _permute_queries_and_keys(branch, sums)
+        rewrite.lost = rewrite.lost[_permute_queries_and_keys(branch, sums)]
     return rewrite
+
+
+def _lost_with_queries(sums, turn=None):
+    """What the objective is expected to lose with each dimension of q and k, summed over heads, [d].
+
+    turn: the map of q, [H, d, d], if it is turned. Dropping a dimension of q changes the objective by -g f, to first
+    order, and dropping it of k changes it no further. E[(g f)^2] is measured in the old basis; in the new one it is
+    taken for E[g^2] E[f^2].
+    """
+    if turn is None:
+        return sums.hessian[0].sum(0) / sums.tokens
+    inverse = torch.linalg.inv(turn)
+    features = turn @ sums.grad_q.second_moment @ turn.mT
+    gradients = inverse.mT @ (sums.gram_q.dense() / sums.tokens) @ inverse
+    return (features * gradients).diagonal(dim1=-2, dim2=-1).sum(0)
 
 
 class HeadWeights:
@@ -158,23 +177,27 @@ class HeadWeights:
 
 
 def _rewrite_pca(weights, sums):
-    """The paper's basis (WPAC): orthogonal, one for v and o, one shared by q and k. Returns maps and shift of z.
+    """The paper's basis (WPAC): orthogonal, one for v and o, one shared by q and k.
+
+    Returns maps and shift of z, and the map of q if it is turned.
 
     W_v <- U^T W_v, b_v <- U^T b_v, W_o <- W_o U, and the same for q and k with the basis of Sigma_q + Sigma_k.
     """
     basis_v = bases.pca_basis(sums.theta_v.covariance)
     weights.map("v", basis_v.mT)
     weights.proj = weights.proj @ basis_v
-    if weights.can_turn_keys:
-        # covariance is divided by sum theta, of which the sum of both must have none.
-        basis_qk = bases.pca_basis(sum(m.covariance * m.s0[:, None, None] for m in (sums.theta_q, sums.theta_k)))
-        weights.map("q", basis_qk.mT)
-        weights.map("k", basis_qk.mT)
-    return basis_v.mT, torch.zeros_like(sums.grad_z.mean)
+    turned = basis_v.mT, torch.zeros_like(sums.grad_z.mean)
+    if not weights.can_turn_keys:
+        return turned
+    # covariance is divided by sum theta, of which the sum of both must have none.
+    basis_qk = bases.pca_basis(sum(m.covariance * m.s0[:, None, None] for m in (sums.theta_q, sums.theta_k)))
+    weights.map("q", basis_qk.mT)
+    weights.map("k", basis_qk.mT)
+    return *turned, basis_qk.mT
 
 
 def _rewrite_balanced(weights, sums):
-    """Our basis: mean folding, output-aware V/O basis, balanced Q/K basis. Returns maps and shift of z."""
+    """Our basis: mean folding, output-aware V/O basis, balanced Q/K basis. Returns what ``_rewrite_pca`` does."""
     mean_z = sums.grad_z.mean
     if weights.can_fold:
         _fold_means(weights, mean_z, sums.theta_k.mean)
@@ -186,9 +209,8 @@ def _rewrite_balanced(weights, sums):
     scale = bases.equalising_scale(weights.rows("v"), weights.proj.mT)
     weights.scale("v", scale)
     weights.proj = weights.proj / scale.unsqueeze(1)
-    if weights.can_turn_keys:
-        _balance_queries_and_keys(weights, sums)
-    return scale.unsqueeze(-1) * to, mean_z if weights.can_fold else torch.zeros_like(mean_z)
+    turned = scale.unsqueeze(-1) * to, mean_z if weights.can_fold else torch.zeros_like(mean_z)
+    return (*turned, _balance_queries_and_keys(weights, sums)) if weights.can_turn_keys else turned
 
 
 def _fold_means(weights, mean_z, mean_k):
@@ -204,19 +226,20 @@ def _fold_means(weights, mean_z, mean_k):
 
 
 def _balance_queries_and_keys(weights, sums):
+    """Returns the map of q, [H, d, d]."""
     map_q, map_k = bases.query_key_basis(sums.grad_q.second_moment, sums.grad_k.second_moment)
     weights.map("q", map_q)
     weights.map("k", map_k)
     scale = bases.equalising_scale(weights.rows("q"), weights.rows("k"))
     weights.scale("q", scale)
     weights.scale("k", 1 / scale)
+    return scale.unsqueeze(-1) * map_q
 
 
 def _permute_queries_and_keys(branch, sums):
     """Where q and k pass a norm: sort their dimensions by what they carry, alike in all heads, which share the norm.
 
-    Returns what the objective loses with each, [d]. No basis gathers that in the first dimensions, so it counts beside
-    the error at proj's output. To first order, dropping a dimension of q (or of k) changes the objective by -g f.
+    Returns the order, [d].
     """
     order = sums.taylor[:2].sum((0, 1)).argsort(descending=True, stable=True)
     for layer, module in branch.layers:
@@ -224,4 +247,4 @@ def _permute_queries_and_keys(branch, sums):
             _permute(module, layer, order, slice(0, 2 * branch.part.heads))
         elif layer.side == "norm":
             _permute(module, layer, order)
-    return sums.hessian[:2].mean(0).sum(0)[order] / sums.tokens
+    return order

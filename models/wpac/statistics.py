@@ -53,9 +53,9 @@ class AttentionStatistics(BranchStatistics):
     """taylor and hessian are [3, H, d], for q, k and v. z is the output of a head, before proj.
 
     ``theta_*`` weight a token by theta, the paper's token importance, ``grad_*`` by |g|^2. The keys of ``grad_k`` are
-    centred in every image (or window) by the mean of its own keys. ``joint_z``, for compensation, has one group of H d
-    dimensions, z of all heads, with tokens weighted by |go|. Of indivisible attention z alone is measured: taylor and
-    hessian then have z in the place of v, and zeros for q and k.
+    centred in every image (or window) by the mean of its own keys. ``gram_q`` is the sum of g g^T by head.
+    ``joint_z``, for compensation, has one group of H d dimensions, z of all heads, with tokens weighted by |go|. Of
+    indivisible attention z alone is measured: taylor and hessian then have z in the place of v, and zeros for q and k.
     """
 
     theta_q: Moments | None = None
@@ -64,6 +64,7 @@ class AttentionStatistics(BranchStatistics):
     grad_q: Moments | None = None
     grad_k: Moments | None = None
     grad_z: Moments | None = None
+    gram_q: SymmetricSum | None = None
     joint_z: Moments | None = None
 
     @property
@@ -104,6 +105,8 @@ def _attention_statistics(branch, device, moments, hidden):
         features = () if branch.indivisible else ("theta_q", "theta_k", "theta_v", "grad_q", "grad_k")
         for name in (*features, "grad_z"):
             setattr(sums, name, Moments(heads, width, device))
+        if features:
+            sums.gram_q = SymmetricSum(heads, width, device)
         if hidden and not branch.indivisible:
             sums.joint_z = Moments(1, heads * width, device)
         sums.gram = SymmetricSum(1, dim, device)
@@ -183,6 +186,7 @@ class _AttentionTap(_Tap):
         getattr(self.sums, f"theta_{name}").add(f, theta)
         if name == "q":
             self.sums.grad_q.add(f, g.square().sum(-1))
+            self.sums.gram_q.add(g)
         if name == "k":
             # The softmax ignores what is common to all keys of an image: only what differs counts.
             tokens = f.unflatten(1, (images, -1))
