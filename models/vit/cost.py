@@ -15,10 +15,10 @@ from models.vit.supernet import Prefix, at_widths, branches, frozen, full_widths
 from models.vit.widths import Widths
 
 # What one of each counts. The paper's convention: the products of every linear layer, one operation for each bias added
-# and each GELU (in a gated MLP, for each activation and each product of a pair), two for each element of an affine
-# LayerNorm, and nothing for the two attention matmuls. These weights give the published sub-networks' figures to the
+# (in a gated MLP, for each product of a pair too), two for each activation of a hidden unit, one for each element of a
+# norm, and nothing for the two attention matmuls. These weights give every published sub-network's figures to the
 # printed digit.
-PAPER = {"products": 1, "elementwise": 1, "norm": 2, "matmul": 0}
+PAPER = {"products": 1, "elementwise": 1, "activation": 2, "norm": 1, "matmul": 0}
 # fvcore's convention: products of linear layers and of both attention matmuls, five operations for each element of an
 # affine LayerNorm and four of another (of LayerNorm, not of RMSNorm), nothing for biases and activations.
 MATMULS = {"products": 1, "layer_norm": 5, "bare_layer_norm": 4, "matmul": 1}
@@ -32,8 +32,8 @@ def _weigh(counter, convention):
 class BranchCost:
     """What one branch costs: ``per_unit`` for every dimension per head or hidden unit, ``fixed`` once if it is kept.
 
-    Both are Counters of products, elementwise, norm, layer_norm, bare_layer_norm, matmul (all per image) and
-    parameters. full, indivisible: as in PrefixBranch.
+    Both are Counters of products, elementwise, activation, norm, layer_norm, bare_layer_norm, matmul (all per image)
+    and parameters. full, indivisible: as in PrefixBranch.
     """
 
     per_unit: Counter
@@ -142,15 +142,17 @@ class _Counts:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             self._linear(module, counter, output.numel())
         elif getattr(module, "normalized_shape", None):
-            affine, layer_norm = module.weight is not None, isinstance(module, nn.LayerNorm)
-            counter["norm"] += output.numel() * affine
-            counter["layer_norm" if affine else "bare_layer_norm"] += output.numel() * layer_norm
+            counter["norm"] += output.numel()
+            if isinstance(module, nn.LayerNorm):
+                counter["bare_layer_norm" if module.weight is None else "layer_norm"] += output.numel()
         elif entry_of(module, ATTENTION):
             self._attention(branch, counter, *inputs[0].shape[:2])
         elif entry := entry_of(module, MLPS):
             part = entry(module)
             width = branch.width if branch.module is module else part.width
-            counter["elementwise"] += part.elementwise * output.numel() // output.shape[-1] * width
+            hidden = output.numel() // output.shape[-1] * width
+            counter["activation"] += hidden
+            counter["elementwise"] += hidden * part.gated
         elif isinstance(module, AttentionPoolLatent):
             counter["matmul"] += 2 * module.latent_len * inputs[0].shape[1] * module.q.out_features
 

@@ -103,11 +103,11 @@ class AttentionPart(Part):
 @dataclass(frozen=True)
 class MlpPart(Part):
     """inputs: the names of the Linears before the nonlinearity. hidden: function (module, *their outputs) -> input of
-    the output layer [..., M]. elementwise: its operations per hidden unit."""
+    the output layer [..., M]. gated: a hidden unit is the product of a pair, of which the activation takes one."""
 
     inputs: tuple[str, ...] = ("fc1",)
     hidden: Callable = None
-    elementwise: int = 1
+    gated: bool = False
 
     def attributes(self, width):
         return {}
@@ -189,8 +189,8 @@ if AttentionRope:
 # ------------------------------------------------------------------------------------------ MLPs
 
 
-def _mlp(module, inputs, groups, hidden, elementwise):
-    """inputs, hidden, elementwise: of MlpPart. groups: in each of the ``inputs``."""
+def _mlp(module, inputs, groups, hidden, gated=False):
+    """inputs, hidden, gated: of MlpPart. groups: in each of the ``inputs``."""
     if not isinstance(module.fc2, nn.Linear):
         raise UnsupportedPart("an MLP of convolutions")
     layers, left_out = [Layer(name, "out", groups) for name in inputs], {}
@@ -200,7 +200,7 @@ def _mlp(module, inputs, groups, hidden, elementwise):
     elif module.fc2.bias is None:
         left_out[Transform.COMPENSATION] = "fc2 has no bias to fold means into"
     layers.append(Layer("fc2", "in", 1))
-    return MlpPart(module.fc2.in_features, tuple(layers), "fc2", left_out, inputs, hidden, elementwise)
+    return MlpPart(module.fc2.in_features, tuple(layers), "fc2", left_out, inputs, hidden, gated)
 
 
 def _plain_hidden(mlp, x):
@@ -218,9 +218,9 @@ def _gated_hidden(mlp, gate, x):
 
 
 MLPS = {
-    Mlp: partial(_mlp, inputs=("fc1",), groups=1, hidden=_plain_hidden, elementwise=1),
-    GluMlp: partial(_mlp, inputs=("fc1",), groups=2, hidden=_packed_gated_hidden, elementwise=2),
-    SwiGLU: partial(_mlp, inputs=("fc1_g", "fc1_x"), groups=1, hidden=_gated_hidden, elementwise=2),
+    Mlp: partial(_mlp, inputs=("fc1",), groups=1, hidden=_plain_hidden),
+    GluMlp: partial(_mlp, inputs=("fc1",), groups=2, hidden=_packed_gated_hidden, gated=True),
+    SwiGLU: partial(_mlp, inputs=("fc1_g", "fc1_x"), groups=1, hidden=_gated_hidden, gated=True),
 }
 
 
