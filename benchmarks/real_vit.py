@@ -1,0 +1,182 @@
+"""A real pre-trained ViT, cut without any training: top-1, agreement with the full network, and KL to it.
+
+A linear classifier is fitted on the frozen features (scikit-learn); nothing else is trained. Every method cuts to the
+same widths: those of our width table at shares of the MACs, and the same share of all widths. What has been measured
+lies in --work, so a run that was stopped goes on. Writes <output>.json, .md and .png.
+"""
+
+import functools
+import json
+import time
+from pathlib import Path
+
+import common
+import torch
+from common import agreement
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
+
+import datasets
+import utils
+from models.vit.pretrained import ModelSpec, load_pretrained
+from models.wpac.compensation import measure_compensation
+from models.wpac.statistics import OBJECTIVES
+from options import add_proxy_options, stage_parser
+
+SHARES, UNIFORM = (5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6), (3 / 4, 1 / 2, 3 / 8)
+# name -> (basis or score, order, objective, whether it is compensated)
+METHODS = {
+    "original, truncated": ("untouched", None, "label", False),
+    "Taylor order, ridge compensation": ("taylor", "ridge", "label", True),
+    "paper's stage 1 (pca + hessian)": ("pca", "hessian", "label", False),
+    "ours, plain": ("balanced", "greedy", "label", False),
+    "ours, compensated": ("balanced", "greedy", "label", True),
+    "the same, feature objective": ("balanced", "greedy", "feature", True),
+}
+OURS, OTHERS = "ours, compensated", list(METHODS)[1:3]
+
+
+def get_args():
+    parser = stage_parser(__doc__)
+    add_proxy_options(parser)
+    parser.add_argument("--pretrained", help="file of weights (default: timm's hub)")
+    parser.add_argument("--fit-images", type=utils.positive_int, default=1024, help="for the classifier")
+    parser.add_argument("--test-images", type=utils.positive_int, default=512)
+    parser.add_argument("--work", type=Path, default=Path("output/real_vit"))
+    parser.add_argument("--output", type=Path, default=Path("docs/real_vit"), help="path without suffix")
+    return parser.parse_args()
+
+
+def stored(path, make):
+    """What ``make`` returns, read from ``path`` if it has been made before."""
+    if not path.is_file():
+        utils.save_torch(make(), path)
+    return torch.load(path, weights_only=False)
+
+
+class Bench(common.Bench):
+    def __init__(self, args, device):
+        train, self.args = datasets.load_images(args, train=True), args
+        spec = ModelSpec(args.model, datasets.count_classes(train), args.input_size)
+        model = load_pretrained(spec, args.pretrained)[0].eval().to(device)
+        fit_classifier(model, args)
+        transform = datasets.eval_transform(args, datasets.data_config(model))
+        proxy = list(datasets.proxy_loader(train, transform, args, "proxy_samples"))
+        super().__init__(model, proxy, common.load_tensors(args, model, False, args.test_images), args.seed)
+        self.reference = stored(args.work / "logits.pth", lambda: self.logits(self.supernet)).log_softmax(1)
+        self.file = args.work / "results.json"
+        self.start, self.statistics = functools.cache(self.start), functools.cache(self.statistics)
+        self.results = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def statistics(self, objective):
+        started, found = time.time(), super().statistics(objective)
+        self.keep(f"statistics, {objective} objective", lambda: time.time() - started)
+        return found
+
+    def keep(self, key, make):
+        """The result ``key``, made and saved at once if it is not there."""
+        if key not in self.results:
+            self.results[key] = make()
+            utils.save_text(json.dumps(self.results), self.file)
+        return self.results[key]
+
+    def start(self, basis, order, objective):
+        """(super-network, its Compensation) of one way of stage 1, in a file."""
+
+        def make():
+            if basis == "untouched":
+                return self.supernet, None
+            self.statistics(objective)
+            started, (supernet, compensation) = time.time(), super(Bench, self).start(basis, order, objective)
+            self.keep(f"solving and rewriting, {basis}", lambda: time.time() - started)
+            if order == "ridge":
+                compensation = measure_compensation(supernet, self.proxy, OBJECTIVES[objective])
+            return supernet, compensation
+
+        return stored(self.args.work / f"{basis} {objective}.pth", make)
+
+    def sizes(self, objective):
+        """{name: Widths} that are measured."""
+        table = self.dropout(1, self.start("balanced", "greedy", objective)[1]).table
+        shares = zip(SHARES, common.at_shares(table, self.costs, SHARES), strict=True)
+        found = {f"{share:.2f} of the MACs": widths for share, widths in shares}
+        return found | {f"{s:.3g} of all widths": common.scaled(self.full, s, s) for s in UNIFORM}
+
+    def score(self, how, widths):
+        *start, compensated = how
+        supernet, compensation = self.start(*start)
+        started = time.time()
+        subnet = common.cut(supernet, widths, compensation if compensated else None)
+        seconds, logs = time.time() - started, self.logits(subnet).log_softmax(1)
+        kl = F.kl_div(logs, self.reference, log_target=True, reduction="batchmean").item()
+        same, top1 = agreement(logs, self.reference.argmax(1)), agreement(logs, self.labels)
+        return {"top1": top1, "agreement": same, "kl": kl, "seconds": seconds, "widths": widths.as_dict()}
+
+
+@torch.inference_mode()
+def fit_classifier(model, args):
+    """Give ``model`` the logistic regression of its pooled features, which are divided by their mean deviation."""
+
+    def fit():
+        images, labels = common.load_tensors(args, model, train=True, count=args.fit_images)
+        batches = utils.progress(images.split(32), "features")
+        features = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x in batches])
+        scale = features.std(0).mean()
+        found = LogisticRegression(max_iter=2000, C=0.1).fit((features / scale).numpy(), labels.numpy())
+        return torch.tensor(found.coef_) / scale, torch.tensor(found.intercept_)
+
+    for parameter, value in zip(model.head.parameters(), stored(args.work / "head.pth", fit), strict=True):
+        parameter.copy_(value)
+
+
+def claims(full, found):
+    """What the figures must show, decided from the figures: lines of Markdown."""
+    for size, limit in zip(list(found[OURS])[1:4], (1, 2, 8), strict=True):
+        lost = full - found[OURS][size]["top1"]
+        yield common.claim(f"{size}: {lost:.1f} points below the full network; at most {limit}", lost <= limit)
+    for name in OTHERS:
+        worse = [size for size, row in found[name].items() if row["kl"] <= found[OURS][size]["kl"]]
+        yield common.claim(f"`{OURS}` has a lower KL than `{name}` at every size", not worse)
+
+
+def report(bench, found, args, device):
+    full = agreement(bench.reference, bench.labels)
+    yield (
+        f"# {args.model} on {args.data_set}, cut without training\n\n`benchmarks/real_vit.py --model {args.model} "
+        f"--data-set {args.data_set} --proxy-samples {args.proxy_samples} --test-images {args.test_images}`; "
+        f"{torch.get_num_threads()} thread(s) of {utils.machine_name(device)}. The full network: top-1 {full:.1f}.\n\n"
+        "Each cell: top-1 in % / agreement with the full network in % / KL to it in nats. One network, one seed: one "
+        f"image is {100 / len(bench.labels):.2f} points, so read the KL.\n"
+    )
+    cells = {
+        name: [f"{row['top1']:.1f} / {row['agreement']:.1f} / {row['kl']:.2g}" for row in rows.values()]
+        for name, rows in found.items()
+    }
+    yield from common.markdown(["", *found[OURS]], [[name, *row] for name, row in cells.items()])
+    yield from ["\n## What it shows\n", *claims(full, found), "\n## Seconds\n"]
+    seconds = [[name, f"{value:.0f}"] for name, value in bench.results.items() if isinstance(value, float)]
+    cuts = [f"{row['seconds']:.1f}" for row in found[OURS].values()]
+    yield from common.markdown(
+        ["", "s"], [*seconds, [f"cutting and compensating, {', '.join(found[OURS])}", ", ".join(cuts)]]
+    )
+
+
+def main(args):
+    device = utils.start_up(args)
+    bench, found = Bench(args, device), {}
+    for name, how in METHODS.items():
+        sizes = utils.progress(bench.sizes(how[2]).items(), name)
+        found[name] = {size: bench.keep(f"{name}, {size}", lambda w=w, h=how: bench.score(h, w)) for size, w in sizes}
+    curves = {
+        of: {name: [rows[size][of] for size in list(rows)[: len(SHARES)]] for name, rows in found.items()}
+        for of in ("kl", "top1")
+    }
+    labels = {"kl": {"ylabel": "KL to the full network", "yscale": "log"}, "top1": {"ylabel": "top-1, %"}}
+    charts = [(SHARES, curves[of], {"xlabel": "share of the MACs"} | labels[of]) for of in curves]
+    common.write(
+        args.output, bench.results, report(bench, found, args, device), f"{args.model} on {args.data_set}", charts
+    )
+
+
+if __name__ == "__main__":
+    utils.run_stage(main, get_args())
