@@ -17,7 +17,8 @@ from models.piad.width_table import TABLE_NAME
 from models.subnet import store
 from models.subnet.budget import BUDGET_KINDS, Budget
 from models.subnet.latency import REPEATS, WARM_UP, LatencyTable
-from models.vit.supernet import branches, full_widths
+from models.vit.cost import Costs
+from models.vit.supernet import as_supernet, branches, full_widths
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
 from models.wpac.statistics import OBJECTIVES
@@ -33,6 +34,7 @@ from utils import (
     print_once,
     probability,
     quantity,
+    with_unit,
 )
 
 # timm's, less those that wait for an accuracy or do nothing.
@@ -301,12 +303,27 @@ def choose(loaded, asked, args, device):
     latencies = None
     if any(budget.kind == "latency_ms" for budget in asked):
         latencies = LatencyTable.load(args.latency_device) if _is_file(args) else latency_table(loaded, args, device)
-    return [
+    choices = [
         latencies.choose(budget, loaded.table)
         if budget.kind == "latency_ms"
         else budget.choose(loaded.table, loaded.costs, args.finer)
         for budget in asked
     ]
+    if not loaded.one_size:
+        note_smaller_model(loaded, choices)
+    return choices
+
+
+def note_smaller_model(loaded, choices):
+    """Print a note if a sub-network costs less than the whole of the next smaller model."""
+    smaller, least = loaded.spec.next_smaller(), min(loaded.costs.macs(choice.widths) for choice in choices)
+    if smaller:
+        with torch.device("meta"):
+            costs = Costs.of(as_supernet(smaller.build()))
+        whole = costs.macs(costs.full)
+        if least < whole:
+            words = f"below {with_unit(whole)} MACs, those of the whole {smaller.name}, cut that model"
+            print_once(f"note: {words} in place of {loaded.spec.name} (docs/results.md)")
 
 
 def benchmark(loaded, choices, args, device):

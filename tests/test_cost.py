@@ -1,13 +1,16 @@
 """MACs and parameters against the paper's printed figures, fvcore, and the published sub-networks."""
 
 import sys
+from argparse import Namespace
 
 import pytest
 from conftest import ROOT, TINY_WIDTHS, fused_attention, macs_by_fvcore, random_images, tiny_supernet
 
+import options
 from models.subnet.extract import extract
 from models.vit.cost import MATMULS, Costs
 from models.vit.pretrained import ModelSpec
+from models.vit.widths import Widths
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import published
@@ -42,6 +45,23 @@ def test_macs_and_parameters_of_extracted_networks(widths):
 
 
 @pytest.mark.parametrize("row", published.ROWS, ids=lambda row: f"{row['model']}-{row['step']}")
-def test_published_sub_networks_are_reachable(row):
-    """One set of widths gives both printed figures of a row."""
+def test_published_sub_networks_are_reachable_and_documented(row):
+    """One set of widths gives both printed figures of a row, which docs/results.md has as they are."""
     assert published.widths_of(row) is not None
+    cells = (row["model"], row["step"], row["macs"], row["parameters"], row["top1"] or "-", "not run")
+    assert f"\n| {' | '.join(cells)} |\n" in (ROOT / "docs/results.md").read_text()
+
+
+NOTES = {"vit_base": "below 4.26 G MACs, those of the whole vit_small", "vit_small": "1.08 G", "vit_tiny": ""}
+
+
+@pytest.mark.parametrize(("name", "words"), [*NOTES.items(), ("vit_base_patch16_clip_224", "")])
+def test_a_budget_below_the_whole_next_smaller_model_is_noted(name, words, capsys):
+    costs = published.deit_costs(name)
+    loaded = Namespace(spec=ModelSpec(name, 1000), costs=costs)
+    least = Widths((8,) * 12, (96,) * 12)
+    options.note_smaller_model(loaded, [Namespace(widths=costs.full)])
+    assert not capsys.readouterr().out
+    options.note_smaller_model(loaded, [Namespace(widths=costs.full), Namespace(widths=least)])
+    printed = capsys.readouterr().out
+    assert words in printed and bool(words) == bool(printed)

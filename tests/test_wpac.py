@@ -1,10 +1,13 @@
 """Function preservation of both bases, closed forms of the solvers, statistics against a direct computation."""
 
 import copy
+import importlib
+import operator
+import re
 
 import pytest
 import torch
-from conftest import difference, measured, proxy_batches, random_images, tiny_supernet
+from conftest import ROOT, difference, measured, proxy_batches, random_images, tiny_supernet
 
 from models.vit.supernet import set_widths
 from models.vit.widths import Widths
@@ -172,3 +175,10 @@ def test_truncation_after_balanced_beats_pca_beats_unrotated():
         set_widths(model, widths)
         errors[basis] = (model(images) - original).square().mean().item()
     assert errors["balanced"] < errors["pca"] < errors[None]
+
+
+def test_every_function_that_the_method_names_exists():
+    named = re.findall(r"`(models/[\w/]+)\.py: ([\w.]+)`", (ROOT / "docs/method.md").read_text())
+    assert len(named) > 25
+    for module, name in named:
+        assert operator.attrgetter(name)(importlib.import_module(module.replace("/", "."))), f"{module}.py: {name}"

@@ -5,7 +5,7 @@ import pickle
 import re
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -68,6 +68,14 @@ class ModelSpec:
         if self.img_size is not None and self.img_size % patch:
             raise ModelError(f"{at_size}: not a multiple of the model's patches of {patch} pixels")
         return model
+
+    def next_smaller(self):
+        """The ModelSpec of the next smaller DeiT or ViT of the same kind (base, small, tiny); None if timm has none."""
+        size = re.match(r"(vit|deit3?)_(base|small)", self.name)
+        if not size:
+            return None
+        smaller = self.name.replace(size[2], {"base": "small", "small": "tiny"}[size[2]], 1)
+        return replace(self, name=smaller) if smaller in ALIASES or timm.is_model(smaller) else None
 
     def _check_supported_at_its_own_size(self):
         """What cannot be cut at any size is to be told so, and not that its size is wrong."""

@@ -42,7 +42,7 @@ def pca_basis(covariance):
 
 
 def output_basis(covariance_z, output_gram, proj):
-    """Our V/O basis: maps of v and proj that sort a head's dimensions by what survives in W_o z (docs/stage1.md, 2).
+    """Our V/O basis: maps of v and proj that sort a head's dimensions by what survives in W_o z (docs/method.md).
 
     SVD of G^(1/2) W_o Sigma_z^(1/2) = U S V^T; z <- (Sigma_z^(-1/2) V)^T z, W_o <- W_o Sigma_z^(1/2) V.
 
@@ -59,7 +59,7 @@ def output_basis(covariance_z, output_gram, proj):
 
 
 def query_key_basis(moment_q, covariance_k):
-    """Our Q/K basis: maps of q and k that sort a head's dimensions by what survives in q^T k (docs/stage1.md, 3).
+    """Our Q/K basis: maps of q and k that sort a head's dimensions by what survives in q^T k (docs/method.md).
 
     SVD of Sigma_q^(1/2) Sigma_k^(1/2) = U S V^T; q <- S^(1/2) U^T Sigma_q^(-1/2) q, k likewise with V.
 

@@ -1,4 +1,4 @@
-"""Sequential refit of one extracted network on proxy images (docs/stage1.md, ``--calibrate``).
+"""Sequential refit of one extracted network on proxy images (docs/method.md, 2).
 
 Block by block, the output layers of the truncated branches (proj and fc2) are refitted. The residual stream after each
 branch is to match the full network's, given what the refitted blocks before it deliver.

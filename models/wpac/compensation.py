@@ -1,4 +1,4 @@
-"""Closed-form compensation of what truncation drops (docs/stage1.md, 6): no data, no training, a solve per branch.
+"""Closed-form compensation of what truncation drops (docs/method.md, 2): no data, no training, a solve per branch.
 
 What a narrower branch keeps of the input of its last Linear predicts linearly what it drops. Folding the prediction
 into that Linear loses only what cannot be predicted. The input x is a, the hidden vector, for an MLP, and z of all
@@ -124,7 +124,7 @@ def fold(weight, bias, factor, mean, kept):
 
 @torch.no_grad()
 def compensate(subnet, supernet, compensation):
-    """Fold into an extracted network what its truncation drops, in place (docs/stage1.md, 6).
+    """Fold into an extracted network what its truncation drops, in place (docs/method.md, 2).
 
     The last Linear of a narrower branch gets the closed form. The mean output of a removed branch goes into the output
     bias of the last kept branch before it (the bias of its norm, if one follows), or into the embedding if there is

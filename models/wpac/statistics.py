@@ -257,7 +257,7 @@ def _tap(branch, device, moments, hidden):
 
 
 def collect_statistics(supernet, batches, objective, moments=True, hidden=False, amp="none"):
-    """Measure every branch of a super-network at its present widths on the proxy set (docs/stage1.md).
+    """Measure every branch of a super-network at its present widths on the proxy set (docs/method.md).
 
     Args:
         batches: iterable of (images [B, C, H, W], labels [B], positions [B] in the proxy set), this rank's share.
