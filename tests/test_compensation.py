@@ -3,13 +3,14 @@
 import pytest
 import torch
 from conftest import TINY_WIDTHS, measured, proxy_batches, random_images, rewritten, tiny_supernet
+from torch.nn import functional as F
 
 from models.subnet.extract import extract
 from models.vit.supernet import branches, full_widths, hooks
 from models.vit.widths import Widths
 from models.wpac.bases import factorise, greedy_order
 from models.wpac.calibration import calibrate
-from models.wpac.compensation import compensate, fold, load_compensation, save_compensation, unit_errors
+from models.wpac.compensation import compensate, fold, load_compensation, save_compensation, through_norm, unit_errors
 from models.wpac.statistics import OBJECTIVES
 from utils import InputError
 
@@ -46,6 +47,28 @@ def test_compensation_is_weighted_least_squares_and_leaves_the_sum_of_the_unit_e
     lost = output - (a[:, :kept] @ new.mT + new_bias)
     left = (w * ((lost @ gram) * lost).sum(1)).sum()
     assert unit_errors(weight, factor, gram)[kept:].sum() == pytest.approx(left.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [3, 6, 9, 11])
+def test_compensation_through_a_norm_is_nearly_the_best_for_what_the_narrower_norm_returns(kept):
+    hidden, w, weight, bias, _ = problem()
+    gamma, beta = 1 + 0.3 * weight[0], weight[1]
+
+    def normed(units):
+        return F.layer_norm(hidden[:, :units], (units,), gamma[:units], beta[:units])
+
+    (mean, covariance), output, x = moments_of(normed(12), w), normed(12) @ weight.mT + bias, normed(kept)
+    factor = factorise(covariance)
+
+    def left(new, new_bias):
+        return (w * (output - x @ new.mT - new_bias).square().sum(1)).sum().item()
+
+    plain = fold(weight, bias, factor, mean, kept)
+    ours = through_norm(*plain, factor[:kept, :kept], mean[:kept], gamma[:kept], beta[:kept])
+    design = torch.cat((x, torch.ones(len(x), 1, dtype=x.dtype)), 1) * w.sqrt()[:, None]
+    solution = torch.linalg.lstsq(design, output * w.sqrt()[:, None], driver="gelsd").solution
+    best = left(solution[:-1].mT, solution[-1])
+    assert best <= left(*ours) < 1.1 * best and left(*ours) < left(*plain)
 
 
 def test_greedy_order_picks_the_best_next_unit_each_time():

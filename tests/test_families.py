@@ -32,7 +32,7 @@ from models.subnet.extract import extract
 from models.subnet.load import load_subnetwork
 from models.subnet.store import load_supernet, subnet_config
 from models.vit.cost import MATMULS, Costs
-from models.vit.families import ATTENTION, BLOCKS, MLPS, MODELS, Transform, ZeroBranch, narrow
+from models.vit.families import ATTENTION, BLOCKS, MLPS, MODELS, OWN_MODULES, Transform, narrow
 from models.vit.pretrained import ALIASES, ModelSpec, load_weights
 from models.vit.supernet import as_stock, as_supernet, at_widths, branches, full_widths
 from models.vit.widths import Widths
@@ -75,7 +75,7 @@ def some_widths(supernet, count=4):
 
 
 def is_stock(module):
-    return isinstance(module, ZeroBranch) or type(module).__module__.startswith(("timm.", "torch.nn."))
+    return isinstance(module, OWN_MODULES) or type(module).__module__.startswith(("timm.", "torch.nn."))
 
 
 @torch.no_grad()
@@ -281,7 +281,7 @@ def test_python_m_models_tells_what_a_model_offers_and_why_another_has_nothing(c
     overview.main()
     swin, dinov3, resnet = capsys.readouterr().out.splitlines()
     assert "12 blocks" in swin and "384/768/1536/3072" in swin and "without" not in swin
-    assert "EvaAttention 64, without head width" in dinov3 and "Mlp 1536" in dinov3
+    assert "EvaAttention 64, without Q/K basis, mean folding; Mlp 1536" in dinov3
     assert resnet == "resnet18: no: a ResNet of BasicBlock cannot be cut"
 
 
@@ -313,7 +313,7 @@ def test_a_mean_that_finds_no_bias_is_lost_and_nothing_else(branch, kwargs):
 
 
 def test_a_table_that_cuts_into_what_goes_as_a_whole_is_refused():
-    model = FAMILIES["BEiT"].build()
+    model = FAMILIES["inner norms"].build()
     costs = Costs.of(as_supernet(copy.deepcopy(model)))
     table = WidthTable([costs.full, Widths((8, 16, 16), costs.full.mlp)])
     with pytest.raises(InputError, match=r"'0\.attn' step 1 keeps 8 of 16; in this model it can"):

@@ -13,9 +13,10 @@ from models.vit.supernet import as_stock, at_widths, branches
 def extract(supernet, widths):
     """Cut the sub-network of ``widths`` (Widths) out of a super-network. The super-network stays as it is.
 
-    A block keeps timm's class. In a plain ViT a block with a single branch becomes timm's Residual around norm and
-    branch, and one with none nn.Identity. The factor sqrt(k / d) of narrower attention (``supernet.scale_queries``) is
-    folded into the queries' weights, so that stock attention computes the same. Returns the network in eval mode.
+    A block and an attention keep timm's class; ``PaddedLinear`` makes and reads v where only v is cut. In a plain ViT a
+    block with a single branch becomes timm's Residual around norm and branch, and one with none nn.Identity. The factor
+    sqrt(k / d) of narrower attention (``supernet.scale_queries``) is folded into the queries' weights, so that stock
+    attention computes the same. Returns the network in eval mode.
     Raises ValueError if the widths do not fit.
     """
     with at_widths(supernet, widths):

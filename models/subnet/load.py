@@ -1,4 +1,6 @@
-"""Load a saved sub-network, a folder with model.safetensors and config.json, as a network of stock timm modules.
+"""Load a saved sub-network, a folder with model.safetensors and config.json, as a network of timm's modules.
+
+Where timm has none that is narrow enough, small ones of vit/families.py stand (``OWN_MODULES``).
 
 Needs torch, timm (1.0.23 or newer) and safetensors, and of this repository vit/families.py alone: both files may be
 copied.

@@ -16,7 +16,7 @@ from models.piad.width_table import TABLE_NAME, WidthTable
 from models.subnet import load
 from models.subnet.extract import extract
 from models.vit.cost import MATMULS, Costs
-from models.vit.families import narrow
+from models.vit.families import OWN_MODULES, narrow
 from models.vit.pretrained import ALIASES, ModelSpec, classes_of, image_shape, load_weights, read_checkpoint
 from models.vit.supernet import as_stock, as_supernet, set_widths
 from models.vit.widths import Widths
@@ -217,6 +217,7 @@ def subnet_config(subnet, spec, widths, costs, crop_ratio):
         "widths": widths.as_dict(),
         "full_widths": costs.full.as_dict(),
         "attention_scale": "1 / sqrt(head width), as in any timm Attention: the query weights hold the rest",
+        "modules_not_of_timm": sorted({type(m).__name__ for m in subnet.modules() if isinstance(m, OWN_MODULES)}),
         "macs": costs.macs(widths),
         "macs_with_attention_matmuls": costs.macs(widths, MATMULS),
         "parameters": sum(parameter.numel() for parameter in subnet.parameters()),

@@ -140,7 +140,8 @@ class _Counts:
         index = self.owner.get(id(module), -1)
         branch, counter = self.branches[index], self.counters[index]
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            self._linear(module, counter, output.numel())
+            channels = 1 if isinstance(module, nn.Conv2d) else -1
+            self._linear(module, counter, output.numel() // output.shape[channels])
         elif getattr(module, "normalized_shape", None):
             counter["norm"] += output.numel()
             if isinstance(module, nn.LayerNorm):
@@ -156,17 +157,19 @@ class _Counts:
         elif isinstance(module, AttentionPoolLatent):
             counter["matmul"] += 2 * module.latent_len * inputs[0].shape[1] * module.q.out_features
 
-    def _linear(self, layer, counter, outputs, more_biases=False):
-        """outputs: the number of elements of the layer's output."""
+    def _linear(self, layer, counter, places):
+        """places: the number of tokens or of positions in an image."""
         self.called.add(id(layer))
         weight = layer.prefix("weight") if isinstance(layer, Prefix) else layer.weight
-        counter["products"] += outputs * weight[0].numel()
-        counter["elementwise"] += outputs * ((layer.bias is not None) + more_biases)
+        counter["products"] += places * weight.numel()
+        counter["elementwise"] += places * len(weight) * (layer.bias is not None)
 
     def _attention(self, branch, counter, windows, tokens):
         """windows: images, or windows of all images; tokens: T of each."""
-        counter["matmul"] += 2 * windows * branch.part.heads * tokens**2 * branch.width
-        for layer in (getattr(branch.module, name) for name in branch.part.inputs):
+        part, module = branch.part, branch.module
+        counter["matmul"] += 2 * windows * part.heads * tokens**2 * (branch.width if part.keys else part.width)
+        for layer in (getattr(module, name) for name in part.inputs):
             if id(layer) not in self.called:  # some classes use the weights without calling the layer
-                biases = getattr(branch.module, "q_bias", None) is not None
-                self._linear(layer, counter, windows * tokens * layer.out_features, biases)
+                self._linear(layer, counter, windows * tokens)
+        if getattr(module, "q_bias", None) is not None:
+            counter["elementwise"] += 3 * windows * tokens * module.q_bias.numel()

@@ -16,6 +16,7 @@ from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision_transformer, vision_transformer_relpos
 from timm.models.convmixer import Residual
 from torch import nn
+from torch.nn import functional as F
 
 try:
     from timm.layers.attention import AttentionRope
@@ -52,13 +53,16 @@ class Layer(_Shared):
 
     The layer's entries are ``groups`` runs of the full width, e.g. q, k, v x heads. Cutting to k keeps the first k of
     every group. side: 'out' if the entries are rows of a Linear, 'in' if columns, 'norm' if elements of a norm.
-    queries: the number of groups, from the first, that make queries (``supernet.scale_queries``).
+    queries: the number of groups, from the first, that make queries (``supernet.scale_queries``). whole: the number of
+    groups, from the first, that are never cut. padded: the module goes on with the full width (``PaddedLinear``).
     """
 
     name: str
     side: str
     groups: int
     queries: int = 0
+    whole: int = 0
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,16 +91,22 @@ class Part(_Shared):
 @dataclass(frozen=True)
 class AttentionPart(Part):
     """inputs: the names of the Linears that make q, k and v. One Linear makes all three, with rows in that order and
-    head-major within each; or there is one for each."""
+    head-major within each; or there is one for each. keys: whether q and k get narrower together with v. separate:
+    timm's ``qkv_bias_separate``."""
 
     heads: int = 1
     inputs: tuple[str, ...] = ("qkv",)
+    keys: bool = True
+    separate: bool = False
 
     def attributes(self, width):
         """{name: value} of what timm's modules remember of their head width. Not every class has all of them.
 
-        The scale is timm's 1 / sqrt(k); ``supernet.scale_queries`` makes up for its difference from 1 / sqrt(d).
+        The scale is timm's 1 / sqrt(k); ``supernet.scale_queries`` makes up for its difference from 1 / sqrt(d). Where
+        v alone is narrower, timm's forward is made to call ``qkv`` in place of reading its weight.
         """
+        if not self.keys:
+            return {"qkv_bias_separate": self.separate or width < self.width}
         return {"head_dim": width, "attn_dim": self.heads * width, "scale": width**-0.5}
 
 
@@ -134,53 +144,62 @@ def _acts(module, name):
 # ------------------------------------------------------------------------------------------ attention
 
 
-def _softmax_attention(module):
-    """q, k, v from one Linear, softmax(q k^T + anything that does not depend on the head's dimensions) v, then proj."""
+def _attention(module, only_v=None):
+    """q, k, v, softmax(anything that v has no part in) v, then proj.
+
+    only_v: why q and k are not cut, in a class whose forward has one width for q, k and v; v is padded there.
+    """
     heads = module.num_heads
-    for name, what in (("norm", "a norm"), ("gate", "a gate")):
-        if _acts(module, name):
-            reason = f"{what} stands between the heads and proj, and mixes or weighs their dimensions"
-            return _indivisible_attention(module, reason)
-    layers, left_out = [Layer("qkv", "out", 3 * heads, heads), Layer("proj", "in", heads)], {}
-    if _acts(module, "q_norm"):
-        if getattr(module.q_norm, "weight", None) is None:
-            reason = "the q/k norm has no weight that could take up the scale of a narrower head"
-            return _indivisible_attention(module, reason)
-        layers[0] = Layer("qkv", "out", 3 * heads)
-        layers += [Layer("q_norm", "norm", 1, 1), Layer("k_norm", "norm", 1)]
+    inputs = ("qkv",) if getattr(module, "qkv", None) is not None else ("q_proj", "k_proj", "v_proj")
+    width = module.proj.in_features // heads
+    separate, reason = getattr(module, "qkv_bias_separate", False), _indivisible(module, only_v)
+    if reason:
+        transforms = (Transform.HEAD_WIDTH, Transform.VO_BASIS, Transform.QK_BASIS, Transform.MEAN_FOLDING)
+        return AttentionPart(width, (), "proj", dict.fromkeys(transforms, reason), heads, inputs, False, separate)
+    left_out, source = {}, getattr(module, inputs[-1])
+    if only_v:
+        left_out[Transform.QK_BASIS] = only_v
+        whole = 2 * heads if inputs == ("qkv",) else 0
+        layers = [Layer(inputs[-1], "out", whole + heads, whole=whole, padded=True)]
+        layers += [Layer("proj", "in", heads, padded=True)]
+    elif _acts(module, "q_norm"):
         left_out[Transform.QK_BASIS] = (
             "q and k are normalised per dimension: only an order common to all heads is exact"
         )
-    if module.qkv.bias is None or module.proj.bias is None:
-        left_out[Transform.MEAN_FOLDING] = "there is no bias in qkv, or none in proj, to fold means into"
+        layers = [Layer("qkv", "out", 3 * heads), Layer("proj", "in", heads)]
+        layers += [Layer("q_norm", "norm", 1, 1), Layer("k_norm", "norm", 1)]
+    else:
+        layers = [Layer("qkv", "out", 3 * heads, heads), Layer("proj", "in", heads)]
+    if (source.bias is None and getattr(module, "v_bias", None) is None) or module.proj.bias is None:
+        left_out[Transform.MEAN_FOLDING] = "there is no bias of v, or none in proj, to fold means into"
     if module.proj.bias is None:
         left_out[Transform.COMPENSATION] = "proj has no bias to fold means into"
-    width = module.qkv.out_features // (3 * heads)
-    return AttentionPart(width, tuple(layers), "proj", left_out, heads)
+    return AttentionPart(width, tuple(layers), "proj", left_out, heads, inputs, not only_v, separate)
 
 
-def _indivisible_attention(module, reason):
-    transforms = (Transform.HEAD_WIDTH, Transform.VO_BASIS, Transform.QK_BASIS, Transform.MEAN_FOLDING)
-    inputs = ("qkv",) if getattr(module, "qkv", None) is not None else ("q_proj", "k_proj", "v_proj")
-    width = module.proj.in_features // module.num_heads
-    return AttentionPart(width, (), "proj", dict.fromkeys(transforms, reason), module.num_heads, inputs)
+def _indivisible(module, only_v):
+    """Why no head of an attention module can be narrower, or None."""
+    for name, what in (("norm", "a norm"), ("gate", "a gate")):
+        if _acts(module, name):
+            return f"{what} stands between the heads and proj, and mixes or weighs their dimensions"
+    if getattr(module, "num_kv_heads", module.num_heads) != module.num_heads:
+        return "several heads share one k and v"
+    if not only_v and _acts(module, "q_norm") and getattr(module.q_norm, "weight", None) is None:
+        return "the q/k norm has no weight that could take up the scale of a narrower head"
+    return None
 
 
-_fixed_attention = partial(
-    _indivisible_attention, reason="timm's module gives its heads together the width of its input: none can be narrower"
-)
-_rotary_attention = partial(
-    _indivisible_attention,
-    reason="the rotation has the full head width, and in timm's module v is as wide as q and k: none can be narrower",
-)
+_rotary_attention = partial(_attention, only_v="q and k are rotated, in pairs of their dimensions")
+_biased_attention = partial(_attention, only_v="timm's forward has one head width, which v alone can be padded to")
+_cosine_attention = partial(_attention, only_v="q and k are normalised to unit length, of all their dimensions")
 
 ATTENTION = {
-    Attention: _softmax_attention,
-    swin_transformer.WindowAttention: _softmax_attention,
-    beit.Attention: _fixed_attention,
-    eva.EvaAttention: _fixed_attention,
-    swin_transformer_v2.WindowAttention: _fixed_attention,
-    vision_transformer_relpos.RelPosAttention: _fixed_attention,
+    Attention: _attention,
+    swin_transformer.WindowAttention: _attention,
+    beit.Attention: _biased_attention,
+    eva.EvaAttention: _rotary_attention,
+    swin_transformer_v2.WindowAttention: _cosine_attention,
+    vision_transformer_relpos.RelPosAttention: _biased_attention,
 }
 if AttentionRope:
     ATTENTION[AttentionRope] = _rotary_attention
@@ -196,8 +215,9 @@ def _mlp(module, inputs, groups, hidden, gated=False):
     layers, left_out = [Layer(name, "out", groups) for name in inputs], {}
     if _acts(module, "norm"):
         layers.append(Layer("norm", "norm", 1))
-        left_out[Transform.COMPENSATION] = "a norm over the hidden units sees other ones once some are gone"
-    elif module.fc2.bias is None:
+        if getattr(module.norm, "bias", None) is None:
+            left_out[Transform.COMPENSATION] = "the norm over the hidden units is not a LayerNorm with a bias"
+    if module.fc2.bias is None:
         left_out[Transform.COMPENSATION] = "fc2 has no bias to fold means into"
     layers.append(Layer("fc2", "in", 1))
     return MlpPart(module.fc2.in_features, tuple(layers), "fc2", left_out, inputs, hidden, gated)
@@ -388,21 +408,22 @@ def _narrow_module(branch, width):
             f"{branch}: width {width} of a {type(module).__name__}, which can only be kept at {part.width}"
         )
     for layer, full in branch.layers:
-        setattr(module, layer.name, _resized(full, layer, width))
+        setattr(module, layer.name, _resized(full, layer, width, part.width))
     for name, value in part.attributes(width).items():
         if hasattr(module, name):
             setattr(module, name, value)
 
 
-def _resized(full, layer, width):
-    size = layer.groups * width
+def _resized(full, layer, width, full_width):
+    size = layer.whole * full_width + (layer.groups - layer.whole) * width
     if layer.side == "norm":
         for name, parameter in list(full.named_parameters()):
             setattr(full, name, nn.Parameter(torch.empty(size, dtype=parameter.dtype)))
         full.normalized_shape = (size,)
         return full
     rows, columns = (size, full.in_features) if layer.side == "out" else (full.out_features, size)
-    return nn.Linear(columns, rows, bias=full.bias is not None, dtype=full.weight.dtype)
+    linear = partial(PaddedLinear, layer, full_width) if layer.padded else nn.Linear
+    return linear(columns, rows, bias=full.bias is not None, dtype=full.weight.dtype)
 
 
 def _in_sequence(branch):
@@ -425,3 +446,38 @@ class ZeroBranch(nn.Module):
 
     def forward(self, x, *_args, **_kwargs):
         return torch.zeros_like(x)
+
+
+class PaddedLinear(nn.Linear):
+    """The Linear before or after the heads of attention whose forward has one width for q, k and v.
+
+    Before: v of narrower heads is filled up with zeros to the full ``width``. After: of every head's z the dimensions
+    that are there are taken. So timm's forward stays as it is, and nothing is computed in the Linears of what is gone.
+    layer: its Layer.
+    """
+
+    def __init__(self, layer, width, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layer, self.width = layer, width
+
+    def forward(self, x):
+        return padded_linear(x, self.weight, self.bias, self.layer, self.width)
+
+
+def padded_linear(x, weight, bias, layer, width):
+    """``F.linear`` with the ``weight`` and ``bias`` that are left of a padded ``layer`` of full ``width``."""
+    if layer.side == "in":
+        return F.linear(leading(x, layer.groups, weight.shape[1]), weight, bias)
+    out, whole = F.linear(x, weight, bias), layer.whole * width
+    v = out[..., whole:].unflatten(-1, (layer.groups - layer.whole, -1))
+    v = F.pad(v, (0, width - v.shape[-1])).flatten(-2)
+    return torch.cat((out[..., :whole], v), -1) if whole else v
+
+
+def leading(x, groups, size):
+    """The first entries of each of ``groups`` runs of x [..., n], [..., size]."""
+    return x if x.shape[-1] == size else x.unflatten(-1, (groups, -1))[..., : size // groups].flatten(-2)
+
+
+# What an extracted network may have besides timm's and torch's modules.
+OWN_MODULES = (PaddedLinear, ZeroBranch)

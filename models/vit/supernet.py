@@ -13,7 +13,18 @@ from timm.layers import LayerNorm, RmsNorm
 from torch import nn
 from torch.nn import functional as F
 
-from models.vit.families import ATTENTION, BLOCKS, MLPS, MODELS, Branch, UnsupportedPart, named_blocks, stock_branches
+from models.vit.families import (
+    ATTENTION,
+    BLOCKS,
+    MLPS,
+    MODELS,
+    Branch,
+    UnsupportedPart,
+    leading,
+    named_blocks,
+    padded_linear,
+    stock_branches,
+)
 from models.vit.widths import Widths
 from utils import InputError
 
@@ -30,13 +41,12 @@ class Prefix:
         if parameter is None or self.kept == self.width:
             return parameter
         if layer.side == "in":
-            if name == "bias":
-                return parameter
-            return parameter.unflatten(1, (layer.groups, self.width))[:, :, : self.kept].flatten(1)
-        rows = parameter.unflatten(0, (layer.groups, self.width))[:, : self.kept]  # [groups, kept, ...]
+            return parameter if name == "bias" else leading(parameter, layer.groups, layer.groups * self.kept)
+        rows = parameter.unflatten(0, (layer.groups, self.width))
+        whole, rows = rows[: layer.whole].flatten(0, 1), rows[layer.whole :, : self.kept]  # [groups, kept, ...]
         if layer.queries:
             rows = scale_queries(rows, layer.queries, self.kept / self.width)
-        return rows.flatten(0, 1)
+        return torch.cat((whole, rows.flatten(0, 1))) if layer.whole else rows.flatten(0, 1)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, kept={self.kept} of {self.width}"
@@ -57,7 +67,10 @@ class PrefixLinear(Prefix, nn.Linear):
     stock = nn.Linear
 
     def forward(self, x):
-        return F.linear(x, self.prefix("weight"), self.prefix("bias"))
+        weight, bias = self.prefix("weight"), self.prefix("bias")
+        if self.layer.padded and self.kept < self.width:
+            return padded_linear(x, weight, bias, self.layer, self.width)
+        return F.linear(x, weight, bias)
 
 
 class PrefixLayerNorm(Prefix, LayerNorm):

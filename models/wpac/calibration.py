@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import utils
-from models.vit.families import Transform, branch_in
+from models.vit.families import Transform, branch_in, leading
 from models.vit.supernet import Replay, at_widths, block_inputs, branches, frozen, full_widths, hooks, swapped
 
 # Strength of the pull towards the weights before the refit, relative to the mean square of the inputs.
@@ -148,7 +148,7 @@ def _refit(subnet, branch, state, targets):
     for batch, target in zip(state, targets, strict=True):
         run = _run(block, batch.student, *batch.contexts[branch.path], linear)
         left = target[branch.name] - (batch.student if branch.name == "attn" else run["attn"])
-        a = run["tapped"].double().flatten(0, -2)
+        a = leading(run["tapped"], getattr(branch.part, "heads", 1), linear.in_features).double().flatten(0, -2)
         a = torch.cat((a, torch.ones_like(a[:, :1])), 1)
         residual = _layout(cut, block, left).double() / gamma - a @ present.mT
         omega = batch.weights[str(branch)].view(*left.shape[:-1], 1)

@@ -37,7 +37,8 @@ COMPENSATION_NAME = "compensation.safetensors"
 class Compensation:
     """What is measured on a branch at full width so that it can be cut to any width, and to build the width table.
 
-    errors: [width], what the objective is expected to lose when a dimension of all heads, or a hidden unit, goes.
+    errors: [width], what the objective is expected to lose when a dimension of all heads, or a hidden unit, goes
+    (without what a norm over the hidden units adds to it).
     output_mean: [D], mean output of the branch before LayerScale, and after a norm that follows the branch.
     factor, input_mean: [n, n] lower triangular F and [n] mu of the input of the last Linear, n = H d in the order
     (d H), or M; None if the branch is indivisible.
@@ -145,18 +146,42 @@ def compensate(subnet, supernet, compensation):
             continue
         last = getattr(cut.module, branch.part.output)
         if known.factor is not None and branch.part.can(Transform.COMPENSATION):
-            _fold_into(last, branch.output, known, getattr(branch.part, "heads", 1))
+            _fold_into(last, branch, known)
         bias = getattr(cut.norm if branch.family.post_norm else last, "bias", None)  # an RMSNorm has none
         place = [] if bias is None else [(bias, branch.scale)]
     return subnet
 
 
-def _fold_into(cut, full, known, heads):
-    """heads: groups of columns that are cut alike, H for attention and 1 for an MLP."""
-    tensors = (_dimension_first(full.weight, heads), full.bias, known.factor, known.input_mean)
-    weight, bias = fold(*(t.to(full.weight.device, torch.float64) for t in tensors), cut.in_features)
+def _fold_into(cut, branch, known):
+    """cut: the last Linear of what ``branch`` has become."""
+    full, kept, device = branch.output, cut.in_features, branch.output.weight.device
+    heads = getattr(branch.part, "heads", 1)  # groups of columns that are cut alike
+    factor, mean = (tensor.to(device, torch.float64) for tensor in (known.factor, known.input_mean))
+    weight, bias = fold(_dimension_first(full.weight, heads).double(), full.bias.double(), factor, mean, kept)
+    norm = next((module for layer, module in branch.layers if layer.name == "norm"), None)
+    if norm is not None and kept < full.in_features:
+        affine = (parameter[:kept].double() for parameter in (norm.weight, norm.bias))
+        weight, bias = through_norm(weight, bias, factor[:kept, :kept], mean[:kept], *affine)
     cut.weight.copy_(rearrange(weight, "c (d h) -> c (h d)", h=heads))
     cut.bias.copy_(bias)
+
+
+def through_norm(weight, bias, factor, mean, gamma, beta):
+    """W' [D, n], b' [D] for n inputs of the last Linear, as they leave a LayerNorm (gamma, beta) over all hidden units
+    -> the same for inputs that leave a LayerNorm over these n units.
+
+    factor, mean: F and mu of these inputs x. With x^ = (x - beta) / gamma, which for every token is an affine map of
+    the hidden vector, the narrower norm returns gamma (x^ - mean_n x^) / sqrt(var_n x^) + beta. Two things follow. The
+    mean over the units is gone: of all W' with W' gamma = 0, which do not read it, the one nearest in C is taken. The
+    variance is taken as constant, with its expectation: tr(M) / n - 1^T M 1 / n^2, M the second moment of x^.
+    """
+    inverse = torch.where(gamma == 0, 0, 1 / gamma)
+    root, center = inverse[:, None] * factor, inverse * (mean - beta)
+    variance = (root.square().mean(0).sum() - root.mean(0).square().sum()) + center.var(correction=0)
+    direction = torch.cholesky_solve(gamma[:, None], factor)  # C^-1 gamma
+    without_mean = weight - (weight @ gamma)[:, None] * direction.T / (gamma @ direction)
+    new = without_mean * variance.sqrt()
+    return new, bias + (weight - without_mean) @ mean + (without_mean - new) @ beta
 
 
 def _add(mean, scale, place):

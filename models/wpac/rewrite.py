@@ -102,15 +102,16 @@ def _rewrite_attention(branch, sums, basis, untouched):
         rewrite.lost = (columns.mT @ sums.mean_gram @ columns * sums.grad_z.covariance).sum((0, 1))
         return rewrite
     if untouched:
-        rewrite.lost = _lost_with_queries(sums)
+        rewrite.lost = _lost_with_queries(sums) if branch.part.keys else rewrite.lost
         return rewrite
     weights = HeadWeights(branch)
     solve = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
     rewrite.maps, rewrite.shift, *turn = solve(weights, sums)
     weights.write()
-    rewrite.lost = _lost_with_queries(sums, *turn)
-    if not weights.can_turn_keys:
-        rewrite.lost = rewrite.lost[_permute_queries_and_keys(branch, sums)]
+    if branch.part.keys:
+        rewrite.lost = _lost_with_queries(sums, *turn)
+        if not weights.can_turn_keys:
+            rewrite.lost = rewrite.lost[_permute_queries_and_keys(branch, sums)]
     return rewrite
 
 
@@ -139,25 +140,22 @@ class HeadWeights:
         self.attn, self.heads = branch.module, branch.part.heads
         self.can_fold = branch.part.can(Transform.MEAN_FOLDING)
         self.can_turn_keys = branch.part.can(Transform.QK_BASIS)
-        qkv, proj = self.attn.qkv, self.attn.proj
-        weight = rearrange(qkv.weight.detach().double(), "(three h d) c -> three h d c", three=3, h=self.heads)
-        biases = torch.zeros_like(weight[..., 0])
-        if qkv.bias is not None:
-            biases = rearrange(qkv.bias.detach().double(), "(three h d) -> three h d", three=3, h=self.heads)
-        self.q, self.k, self.v = weight.unbind()
-        self.q_bias, self.k_bias, self.v_bias = biases.unbind()
+        proj, self.parameters = self.attn.proj, _parameters_of(self.attn, branch.part.inputs)
+        for name in "qkv":
+            weight, bias = self.parameters[name], self.parameters.get(f"{name}_bias")
+            setattr(self, name, rearrange(weight.double(), "(h d) c -> h d c", h=self.heads))
+            zeros = torch.zeros_like(getattr(self, name)[..., 0])
+            setattr(self, f"{name}_bias", zeros if bias is None else bias.double().view_as(zeros))
         self.proj = rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=self.heads)
         self.proj_bias = torch.zeros_like(self.proj[0, :, 0]) if proj.bias is None else proj.bias.detach().double()
 
     @torch.no_grad()
     def write(self):
         """Copy back, in the module's own dtype."""
-        qkv, proj = self.attn.qkv, self.attn.proj
-        qkv.weight.copy_(rearrange(torch.stack((self.q, self.k, self.v)), "three h d c -> (three h d) c"))
+        proj = self.attn.proj
+        for name, parameter in self.parameters.items():
+            parameter.copy_(getattr(self, name).flatten(0, 1))
         proj.weight.copy_(rearrange(self.proj, "h c d -> c (h d)"))
-        if qkv.bias is not None:
-            biases = torch.stack((self.q_bias, self.k_bias, self.v_bias))
-            qkv.bias.copy_(rearrange(biases, "three h d -> (three h d)"))
         if proj.bias is not None:
             proj.bias.copy_(self.proj_bias)
 
@@ -174,6 +172,20 @@ class HeadWeights:
     def rows(self, name):
         """Weights and bias of q, k or v side by side, [H, d, D + 1]."""
         return torch.cat((getattr(self, name), getattr(self, f"{name}_bias").unsqueeze(-1)), dim=-1)
+
+
+def _parameters_of(attn, inputs):
+    """{'q', 'k', 'v': weight [H d, D], 'q_bias', ...: bias [H d], if there is one}, views of an attention's parameters.
+    inputs: of AttentionPart."""
+    layers, found = [getattr(attn, name) for name in inputs], {}
+    for index, name in enumerate("qkv"):
+        layer, separate = layers[index % len(layers)], getattr(attn, f"{name}_bias", None)
+        for key, rows in ((name, layer.weight), (f"{name}_bias", layer.bias)):
+            if rows is not None:
+                found[key] = rows.detach().chunk(3 // len(layers))[index // len(layers)]
+        if separate is not None:
+            found[f"{name}_bias"] = separate.detach()
+    return found
 
 
 def _rewrite_pca(weights, sums):
@@ -200,7 +212,7 @@ def _rewrite_balanced(weights, sums):
     """Our basis: mean folding, output-aware V/O basis, balanced Q/K basis. Returns what ``_rewrite_pca`` does."""
     mean_z = sums.grad_z.mean
     if weights.can_fold:
-        _fold_means(weights, mean_z, sums.theta_k.mean)
+        _fold_means(weights, sums)
     # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
     covariance_z = sums.grad_z.covariance if weights.can_fold else sums.grad_z.second_moment
     to, back = bases.output_basis(covariance_z, sums.mean_gram, weights.proj)
@@ -213,16 +225,17 @@ def _rewrite_balanced(weights, sums):
     return (*turned, _balance_queries_and_keys(weights, sums)) if weights.can_turn_keys else turned
 
 
-def _fold_means(weights, mean_z, mean_k):
-    """Subtract the means of z and k, [H, d] each, where that changes nothing.
+def _fold_means(weights, sums):
+    """Subtract the means of z and k where that changes nothing.
 
     Attention rows sum to one: a constant of v passes straight through to proj's bias. A constant of every key shifts
     all logits of a query alike, which the softmax ignores.
     """
+    mean_z = sums.grad_z.mean
     weights.proj_bias = weights.proj_bias + torch.einsum("hcd,hd->c", weights.proj, mean_z)
     weights.v_bias = weights.v_bias - mean_z
     if weights.can_turn_keys:
-        weights.k_bias = weights.k_bias - mean_k
+        weights.k_bias = weights.k_bias - sums.theta_k.mean
 
 
 def _balance_queries_and_keys(weights, sums):

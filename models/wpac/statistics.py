@@ -54,8 +54,9 @@ class AttentionStatistics(BranchStatistics):
 
     ``theta_*`` weight a token by theta, the paper's token importance, ``grad_*`` by |g|^2. The keys of ``grad_k`` are
     centred in every image (or window) by the mean of its own keys. ``gram_q`` is the sum of g g^T by head.
-    ``joint_z``, for compensation, has one group of H d dimensions, z of all heads, with tokens weighted by |go|. Of
-    indivisible attention z alone is measured: taylor and hessian then have z in the place of v, and zeros for q and k.
+    ``joint_z``, for compensation, has one group of H d dimensions, z of all heads, with tokens weighted by |go|. Where
+    q and k are not cut z alone is measured: taylor, hessian and theta_v then have z in the place of v, and q and k
+    count as zeros.
     """
 
     theta_q: Moments | None = None
@@ -102,8 +103,8 @@ def _attention_statistics(branch, device, moments, hidden):
     heads, width, dim = branch.part.heads, branch.width, branch.output.out_features
     sums = AttentionStatistics(*(_zeros(3, heads, width, device=device) for _ in range(2)))
     if moments:
-        features = () if branch.indivisible else ("theta_q", "theta_k", "theta_v", "grad_q", "grad_k")
-        for name in (*features, "grad_z"):
+        features = ("theta_q", "theta_k", "grad_q", "grad_k") if branch.part.keys else ()
+        for name in (*features, "theta_v", "grad_z"):
             setattr(sums, name, Moments(heads, width, device))
         if features:
             sums.gram_q = SymmetricSum(heads, width, device)
@@ -151,9 +152,9 @@ class _AttentionTap(_Tap):
     def __init__(self, branch, device, moments, hidden):
         super().__init__(branch, _attention_statistics(branch, device, moments, hidden), moments)
         self.moments = moments
-        if branch.width and not branch.indivisible:
+        if branch.width and branch.part.keys:
             self._on(branch.module.qkv, self._on_qkv)
-        if branch.width and (moments or branch.indivisible):
+        if branch.width and (moments or not branch.part.keys):
             self._on(branch.output, self._on_output)
 
     def _on_qkv(self, _given, output):
@@ -167,7 +168,8 @@ class _AttentionTap(_Tap):
             output.register_hook(self._add_output)
 
     def _heads(self, tensor):
-        return rearrange(tensor.double(), "b t (h d) -> h (b t) d", h=self.branch.part.heads)
+        # Heads may come filled up with zeros (families.PaddedLinear).
+        return rearrange(tensor.double(), "b t (h d) -> h (b t) d", h=self.branch.part.heads)[..., : self.branch.width]
 
     def _add_qkv(self, qkv, gradient):
         for features, gradients in _few_images(qkv, gradient):
@@ -203,13 +205,11 @@ class _AttentionTap(_Tap):
 
     def _add_z(self, z, gradient):
         for f, g in _few_images(z, gradient):
-            f, g = self._heads(f), self._heads(g)
+            images, f, g = len(f), self._heads(f), self._heads(g)
             if self.moments:
                 self.sums.grad_z.add(f, g.square().sum(-1))
-            if self.branch.indivisible:
-                product = (f * g).abs()
-                self.sums.taylor[2] += product.sum(1)
-                self.sums.hessian[2] += product.square().sum(1)
+            if not self.branch.part.keys:
+                self._add_feature(2, "v", f, g, images)
 
 
 class _MlpTap(_Tap):
