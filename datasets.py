@@ -2,7 +2,7 @@
 
 import gzip
 import itertools
-import json
+import math
 import os
 import random
 import zlib
@@ -13,25 +13,19 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, Mixup, create_dataset, create_transform
-from timm.data.auto_augment import RandAugment, posterize
+from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    SequentialSampler,
-    Subset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms as T
 
 import utils
-from utils import InputError, first_line
+from utils import InputError, first_line, nearest
 
 # So many images in a row that cannot be read are no accident.
 BAD_IN_A_ROW = 100
+# No gzipped IDX file holds more bytes: a few kilobytes of gzip can become gigabytes.
+MOST_BYTES = 2**30
 
 
 # ------------------------------------------------------------------------------------------ data sets
@@ -91,9 +85,12 @@ def _fashion_mnist(root, train):
 def _idx(path):
     """One gzipped IDX file of unsigned bytes as an array. Raises InputError if it is damaged."""
     try:
-        content = gzip.decompress(path.read_bytes())
-        sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
+        with gzip.open(path) as file:
+            dimensions = file.read(4)[3]
+            sizes = np.frombuffer(file.read(4 * dimensions), ">i4", count=dimensions).tolist()
+            if not 0 <= math.prod(sizes) <= MOST_BYTES:
+                raise ValueError(f"{sizes} values")
+            return np.frombuffer(file.read(math.prod(sizes) + 1), np.uint8).reshape(sizes)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
         raise InputError(f"{path}: not a gzipped IDX file ({error})") from None
 
@@ -101,6 +98,10 @@ def _idx(path):
 def _image_folder(root, train):
     """Folders of classes. Both splits must have the same ones: labels are their positions in alphabetical order."""
     training, folder = root / "train", root / ("train" if train else "val")
+    above = root.resolve().parent
+    if root.resolve().name in ("train", "val") and not training.is_dir() and (above / "train").is_dir():
+        raise InputError(f"{root}: one half of a data set; give the folder above, {above}")
+    _refuse_loops(folder)
     dataset = tv.ImageFolder(folder, loader=open_image)
     expected = {e.name for e in os.scandir(training) if e.is_dir()} if training.is_dir() else {*dataset.classes}
     for name in sorted(expected ^ {*dataset.classes}) if not train else ():
@@ -112,11 +113,20 @@ def _image_folder(root, train):
     return dataset
 
 
+def _refuse_loops(folder):
+    """Raise InputError if a link below ``folder`` leads back up: its images would be listed again and again."""
+    for place, names, _ in os.walk(folder, followlinks=True):
+        for link in (Path(place, name) for name in names):
+            if link.is_symlink() and link.resolve() in {above.resolve() for above in link.parents}:
+                raise InputError(f"{link}: a link to a folder above it; remove it")
+
+
 def _cub(root, train):
     """CUB-200-2011 as it is unpacked: class folders below images/, its own split in train_test_split.txt."""
     folder = root / "CUB_200_2011"
-    files = (folder / name for name in ("images.txt", "train_test_split.txt"))
-    names, splits = (dict(line.split() for line in file.read_text().splitlines()) for file in files)
+    texts = (utils.read_text(folder / name, DATA_SETS["CUB"][2]) for name in ("images.txt", "train_test_split.txt"))
+    names, splits = (dict(line.split() for line in text.splitlines()) for text in texts)
+    _refuse_loops(folder)
     wanted = {str(folder / "images" / name) for key, name in names.items() if (splits.get(key) == "1") == train}
     return tv.ImageFolder(folder / "images", is_valid_file=wanted.__contains__)
 
@@ -125,7 +135,8 @@ def _inaturalist(year):
     """iNaturalist from the annotations of its competition, as in DeiT."""
 
     def load(root, train):
-        content = json.loads((root / f"{'train' if train else 'val'}{year}.json").read_text())
+        path = root / f"{'train' if train else 'val'}{year}.json"
+        content = utils.parse_json(utils.read_text(path, "expected the annotations of the competition"), path)
         files = {image["id"]: root / image["file_name"] for image in content["images"]}
         samples = [(files[each["image_id"]], each["category_id"]) for each in content["annotations"]]
         return ListedDataset(samples, len(content["categories"]))
@@ -141,7 +152,7 @@ def _with_split(cls):
 # name: (function (folder, whether to train) -> data set, number of classes unless the data set knows it, what is
 # expected in the folder)
 DATA_SETS = {
-    "IMNET": (_image_folder, None, "train/<class>/*.JPEG, one folder for each class, and val/<class>/*.JPEG"),
+    "IMNET": (_image_folder, None, "train/<class>/, a folder of images for each class, and val/<class>/"),
     "CIFAR10": (lambda root, train: tv.CIFAR10(root, train=train), 10, "cifar-10-batches-py/"),
     "CIFAR": (lambda root, train: tv.CIFAR100(root, train=train), 100, "cifar-100-python/"),
     "FLOWERS": (_with_split(tv.Flowers102), 102, "flowers-102/"),
@@ -155,41 +166,58 @@ DATA_SETS = {
 }
 
 
+# The names of the paper's own code, in capitals.
+OFFICIAL_NAMES = {"FLOWERS102": "FLOWERS", "CUB200": "CUB", "CARS196": "CARS", "CIFAR100": "CIFAR", "FOOD101": "FOOD"}
+
+
 def load_images(args, train):
     """The images of ``args.data_set`` below ``args.data_path``, untransformed. Raises InputError if they are absent."""
-    if args.data_set not in DATA_SETS:
-        return _timms_data_set(args, train)
-    load, classes, expected = DATA_SETS[args.data_set]
+    name = OFFICIAL_NAMES.get(args.data_set.upper(), args.data_set.upper())
+    load, classes, expected = DATA_SETS.get(name, (_timms_data_set(args.data_set), None, "what timm reads"))
     try:
         dataset = load(Path(args.data_path), train)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # whatever is missing or damaged there
+    except Exception as error:  # whatever is missing or damaged there, and whatever timm's readers make of it
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{args.data_path}: no {args.data_set}; expected {expected} ({reason})") from None
+    if not len(dataset):
+        raise InputError(f"{args.data_path}: no images for {'training' if train else 'evaluation'} in {args.data_set}")
     if classes:
         dataset.num_classes = classes
     return dataset
 
 
-def _timms_data_set(args, train):
-    try:
-        dataset = create_dataset(args.data_set, root=args.data_path, split="train" if train else "validation")
-    except Exception as error:  # timm's readers raise whatever their back ends do
-        raise InputError(
-            f"--data-set {args.data_set} at {args.data_path}: neither one of {', '.join(DATA_SETS)} nor a data set "
-            f"that timm's create_dataset can open ({first_line(error)})"
-        ) from None
-    if isinstance(dataset, IterableDataset):
-        raise InputError(f"--data-set {args.data_set}: a stream; supported are data sets with images by number")
-    if isinstance(dataset, ImageDataset):
+def _timms_data_set(name):
+    """The function (folder, whether to train) -> data set for a name of timm's. It raises InputError for other names:
+    timm itself takes each for a folder of images."""
+    kind = name.partition("/")[0].lower()
+
+    def load(root, train):
+        if kind == "hfds":
+            raise InputError(
+                f"--data-set {name}: timm cannot import Hugging Face's package 'datasets', since datasets.py here has "
+                "its name; save the images in folders, and take ImageFolder"
+            )
+        if kind in ("tfds", "wds", "hfids"):
+            raise InputError(f"--data-set {name}: a stream; supported are data sets with images by number")
+        if kind not in ("imagefolder", "torch"):
+            close = nearest(name.upper(), [*DATA_SETS, *OFFICIAL_NAMES, "IMAGEFOLDER"])
+            raise InputError(
+                f"--data-set {name}: neither one of {', '.join(DATA_SETS)} nor timm's ImageFolder or torch/...{close}"
+            )
+        _refuse_loops(root)
+        dataset = create_dataset(name, root=root, split="train" if train else "validation")
         # timm's own ImageDataset answers with the next image when one cannot be read.
-        return ReaderDataset(dataset.reader)
-    return dataset
+        return ReaderDataset(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
+
+    return load
 
 
 def count_classes(dataset):
     """The number of classes of a data set, or None if it does not say."""
+    if isinstance(dataset, Subset):
+        return count_classes(dataset.dataset)
     if hasattr(dataset, "num_classes"):
         return dataset.num_classes
     names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
@@ -222,7 +250,7 @@ def as_rgb(image):
 
 
 class ReaderDataset(Dataset):
-    """The images of a timm reader. timm's own ImageDataset answers with the next image when one cannot be read."""
+    """The images of a timm reader."""
 
     def __init__(self, reader):
         self.reader = reader
@@ -245,6 +273,12 @@ def image_name(images, index):
         return str(images.reader.filename(index, absolute=True))
     paths = getattr(images, "_image_files", None)  # torchvision's Flowers102 and Food101
     return str(paths[index]) if paths else f"image {index}"
+
+
+def _refuse_pipe(name):
+    """Raise ValueError if there is something by this name, but no file: a pipe would be waited for."""
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise ValueError("not a file")
 
 
 @dataclass
@@ -278,16 +312,15 @@ def train_transform(args, config):
         # As in DeiT: images this small are shifted, not cropped to a fraction of their area.
         shift = T.Compose([T.Resize((size, size), T.InterpolationMode.BICUBIC), T.RandomCrop(size, padding=size // 8)])
         transform.transforms[0] = shift
-    for policy in transform.transforms:
-        if isinstance(policy, RandAugment):
-            for op in policy.ops:
-                op.aug_fn = _posterize if op.aug_fn is posterize else op.aug_fn
     return transform
 
 
 def _posterize(image, bits, **_):
-    """DeiT's policy asks for 0 bits at its largest magnitude, which recent versions of Pillow refuse: keep one."""
+    """Policies of timm's, DeiT's among them, ask for 0 bits, which recent versions of Pillow refuse: keep one."""
     return posterize(image, max(bits, 1))
+
+
+NAME_TO_OP.update({name: _posterize for name, op in NAME_TO_OP.items() if op is posterize})
 
 
 def eval_transform(args, config):
@@ -340,6 +373,7 @@ class TransformedDataset(Dataset):
         bad = []
         for _ in range(self.attempts):
             try:
+                _refuse_pipe(image_name(self.images, index))
                 image, label = self.images[index]
                 image = as_rgb(image)
                 break
@@ -364,14 +398,15 @@ def _collate(items):
 class ImageLoader:
     """Batches (images [B, 3, h, w], labels [B], indices [B]) of a TransformedDataset.
 
-    An image that cannot be read is an InputError with its path. With ``--skip-bad-images`` it is counted, and replaced
-    by the next one that can be read if all batches must be of one size (``drop_last``), or else left out.
+    A label beyond the classes is an InputError, and so is an image that cannot be read, with its path. With
+    ``--skip-bad-images`` it is counted, and replaced by the next one that can be read if all batches must be of one
+    size (``drop_last``), or else left out.
     title: with one, every pass shows a progress bar of this name, and ends by reporting bad images.
     """
 
     def __init__(self, images, transform, args, drop_last, title=None, **kwargs):
         self.skip, self.sampler, self.title = args.skip_bad_images, kwargs["sampler"], title
-        self.bad, self.seen, self.reported = {}, 0, set()
+        self.bad, self.seen, self.reported, self.classes = {}, 0, set(), count_classes(images)
         self.loader = DataLoader(
             TransformedDataset(images, transform, replace=drop_last and self.skip), batch_size=args.batch_size,
             num_workers=args.num_workers, pin_memory=args.pin_mem and args.device != "cpu", collate_fn=_collate,
@@ -380,6 +415,14 @@ class ImageLoader:
 
     def __len__(self):
         return len(self.loader)
+
+    def _check_labels(self, batch):
+        _, labels, indices = batch
+        integers = isinstance(labels, torch.Tensor) and not labels.is_floating_point()
+        numbers = labels if integers else torch.full((len(indices),), -1)
+        for i in ((numbers < 0) | (numbers >= (self.classes or math.inf))).nonzero().flatten().tolist():
+            name = image_name(self.loader.dataset.images, int(indices[i]))
+            raise InputError(f"{name}: label {labels[i]} is none of the data set's {self.classes or ''} classes")
 
     def __iter__(self):
         self.bad, self.seen = {}, 0
@@ -391,6 +434,7 @@ class ImageLoader:
             if self.loader.drop_last and (not batch or len(batch[1]) < self.loader.batch_size):
                 raise InputError(f"{_in_words(bad[-1])}, and so are {BAD_IN_A_ROW} in a row: too many to go on")
             if batch:
+                self._check_labels(batch)
                 yield batch
         if self.title:
             report_bad_images(self, self.title)

@@ -7,7 +7,7 @@ import datasets
 import utils
 from engine import evaluate, make_criterion, train_one_epoch
 from models.subnet.store import subnet_config
-from options import add_budget_options, add_training_options, budgets, choose, cut, data_flags, load, stage_parser
+from options import add_budget_options, add_training_options, budgets, choose, cut, load, print_command, stage_parser
 from training import TrainingRun
 from utils import InputError, print_once, with_unit
 
@@ -50,9 +50,9 @@ def main(args):
                 top1 = evaluate(subnet, test, device, args.amp)["top1"]
                 figures["test_top1"] = top1
             run.finish_epoch(figures, top1)
-    checkpoint = output / f"checkpoint_{args.epochs - 1}.pth"
-    print_once(f"wrote {checkpoint}; next:")
-    print_once(f"  python main_test.py --checkpoint {checkpoint} {data_flags(args)}")
+    words, checkpoint = run.outcome()
+    print_once(f"{words}; next:")
+    print_command(args, "main_test.py", "--checkpoint", checkpoint)
 
 
 def chosen_widths(loaded, args, device):

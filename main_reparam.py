@@ -15,6 +15,7 @@ from models.subnet.store import WEIGHTS_NAME
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec, default_num_classes, load_pretrained
 from models.vit.supernet import as_supernet, branches
+from models.vit.weights import digest
 from models.wpac.compensation import COMPENSATION_NAME, compensation_of, save_compensation
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES, collect_statistics
@@ -82,13 +83,16 @@ def main(args):
         raise InputError(f"--basis {args.basis} changes this network's output by {difference:.1e}: nothing was written")
 
     report = {name: value for name, value in vars(args).items() if name in REPORTED}
-    report |= {"num_classes": spec.num_classes, "full_width_difference": difference}
-    utils.save_torch({name: value.cpu() for name, value in supernet.state_dict().items()}, output / WEIGHTS_NAME)
+    state = {name: value.cpu() for name, value in supernet.state_dict().items()}
+    weights = digest(state)
+    report |= {"num_classes": spec.num_classes, "full_width_difference": difference, "weights": weights}
+    utils.save_torch(state, output / WEIGHTS_NAME)
     if args.compensation:
         compensation = compensation_of(supernet, statistics, rewrites)
         table = WidthTable(steps_by_error(compensation, units, costs, drop_ratio))
         table.describe(spec, costs)
-        save_compensation(compensation, supernet, output / COMPENSATION_NAME)
+        table.meta["weights"] = weights
+        save_compensation(compensation, supernet, output / COMPENSATION_NAME, weights)
         table.save(output / TABLE_NAME)
         report["errors"] = {str(b): c.errors.tolist() for b, c in zip(branches(supernet), compensation, strict=True)}
         print_concentration(branches(supernet), report["errors"])
@@ -108,6 +112,8 @@ def build_model(args):
     if args.objective == "label":
         datasets.check_classes(images, classes, f"--nb-classes {args.nb_classes}")
     spec = ModelSpec(args.model, classes, args.input_size)
+    if not args.pretrained:
+        print_once(f"fetching the published weights of {args.model}, unless they are here already")
     with utils.name_flag("--model", "--pretrained"):
         model, remarks = load_pretrained(spec, args.pretrained)
     for remark in remarks:
@@ -144,8 +150,9 @@ def print_concentration(own, errors):
     lines = {}
     for branch in own:
         values, name = errors[str(branch)], {"attn": "attention", "mlp": "MLP"}[branch.name]
-        share = sum(values[: len(values) // 4]) / max(sum(values), 1e-30)
-        lines.setdefault(branch.path, []).extend([] if branch.indivisible else [f"{share:.0%} ({name})"])
+        total = sum(values)
+        share = f"{sum(values[: len(values) // 4]) / total:.0%}" if total else "nothing, as do all others"
+        lines.setdefault(branch.path, []).extend([] if branch.indivisible else [f"{share} ({name})"])
     for index, held in enumerate(lines.values()):
         print_once(f"block {index:2d}: first quarter of the dimensions holds {', '.join(held)}")
 
@@ -155,10 +162,10 @@ def print_next(args, output):
     weights = output / WEIGHTS_NAME
     if not args.compensation:
         print_once(f"wrote {weights} and report.json; next:")
-        print_once(f"  python main_train.py --model {args.model} --pretrained {weights} {options.data_flags(args)}")
+        options.print_command(args, "main_train.py", "--model", args.model, "--pretrained", weights)
         return
     print_once(f"wrote {weights}, {COMPENSATION_NAME}, {TABLE_NAME} and report.json; to cut and test without training:")
-    print_once(f"  python main_test.py --checkpoint {output} {options.data_flags(args)}")
+    options.print_command(args, "main_test.py", "--checkpoint", output)
     if args.mlp_order == "greedy":
         print_once("to train a super-network from here, use --mlp-order taylor: that order trains better")
 

@@ -12,7 +12,7 @@ from models.subnet import export
 from models.subnet.budget import Budget
 from models.subnet.store import subnet_config
 from models.vit.cost import MATMULS
-from options import add_budget_options, benchmark, budgets, choose, cut, data_flags, load, stage_parser
+from options import add_budget_options, benchmark, budgets, choose, cut, load, print_command, stage_parser
 from utils import InputError, print_once
 
 # Without a budget: these shares of the full network's MACs, as in the paper's figures.
@@ -55,12 +55,10 @@ def main(args):
     if args.plot and utils.is_main():
         print_once(f"drew {', '.join(report.draw_all(rows, loaded, output))}")
     if not loaded.one_size:
-        table = f" --mask-table {args.mask_table}" if args.mask_table else ""
+        table = ["--mask-table", args.mask_table] if args.mask_table else []
         print_once("to fine-tune one of them:")
-        print_once(
-            f"  python main_finetune_peeled.py --model {loaded.spec.name} --checkpoint {loaded.source}{table} "
-            f"--macs-ratio 0.5 {data_flags(args)}"
-        )
+        flags = ["--model", loaded.spec.name, "--checkpoint", loaded.source, *table, "--macs-ratio", 0.5]
+        print_command(args, "main_finetune_peeled.py", *flags)
 
 
 def check_export(args):

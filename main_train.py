@@ -14,6 +14,7 @@ from models.subnet.store import WEIGHTS_NAME
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec, classes_of, load_weights, read_checkpoint
 from models.vit.supernet import as_supernet, set_widths
+from models.vit.weights import digest
 from training import TrainingRun
 from utils import InputError, print_once, with_unit
 
@@ -62,8 +63,8 @@ def main(args):
                 # While the list grows, its smallest network is not yet small: only what comes after can be compared.
                 score = mean if dropout.complete else None
             run.finish_epoch(figures, score)
-    print_once(f"wrote {output}/checkpoint_{args.epochs - 1}.pth and {TABLE_NAME}; next:")
-    print_once(f"  python main_test.py --checkpoint {output} {options.data_flags(args)}")
+    print_once(f"{run.outcome()[0]}; next:")
+    options.print_command(args, "main_test.py", "--checkpoint", output)
 
 
 def evaluate_ends(run, table, loader):
@@ -87,12 +88,12 @@ def build(args, device):
     """(super-network with its starting weights, its ModelSpec, training images, teacher or None)."""
     options.required_model(args)
     path = Path(args.pretrained or f"output/reparam/{args.model}/{WEIGHTS_NAME}")
-    # A string: checkpoints hold the arguments, and nothing but plain values.
-    args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path)
     if not path.is_file():
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
     state = read_checkpoint(path)["model"]
+    # Strings: checkpoints hold the arguments, and nothing but plain values.
+    args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path, state)
     classes = args.nb_classes or datasets.count_classes(images) or classes_of(state)
     if not classes:
         raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb-classes")
@@ -127,12 +128,16 @@ def make_teacher(args, model, remarks):
     return Distillation(kind, alpha, tau, copy.deepcopy(model))
 
 
-def complete_table(mask_table, pretrained):
-    """The file of the complete table that ``--mask-table`` means, or None if the list is to grow."""
+def complete_table(mask_table, pretrained, state):
+    """The file of the complete table that ``--mask-table`` means, or None if the list is to grow. Raises InputError if
+    the table beside the weights ``state`` is of others."""
+    if mask_table != "auto":
+        return None if mask_table == "none" else mask_table
     beside = pretrained.parent / TABLE_NAME
-    if mask_table == "auto":
-        return str(beside) if beside.is_file() else None
-    return None if mask_table == "none" else mask_table
+    if not beside.is_file():
+        return None
+    WidthTable.load(beside).check_made_for(digest(state), beside)
+    return str(beside)
 
 
 def make_dropout(args, supernet):

@@ -1,6 +1,7 @@
 """Command-line options that several stages share, with DeiT's names and defaults, and what they mean."""
 
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,12 +50,13 @@ def stage_parser(description):
     parser = StageParser(description=description)
     add = parser.add_argument_group("model").add_argument
     add("--model", help=MODEL_HELP)
-    add("--input-size", type=positive_int, help="image size in pixels (default: the model's own)")
-    add("--nb-classes", type=non_negative_int, help="classes, 0 for no classifier (default: those of the data set)")
+    add("--input-size", type=interval("[1, 4096]", int), help="image size in pixels (default: the model's own)")
+    words = "classes, 0 for no classifier (default: those of the data set)"
+    add("--nb-classes", type=interval("[0, 1e6]", int), help=words)
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="data", help="folder of the data set")
-    add("--data-set", default="IMNET", help=f"{', '.join(datasets.DATA_SETS)}, or a name for timm's create_dataset")
-    add("--batch-size", type=positive_int, default=64, help="images per rank and step")
+    add("--data-set", default="IMNET", help=f"{', '.join(datasets.DATA_SETS)}, or timm's ImageFolder or torch/<name>")
+    add("--batch-size", type=interval("[1, 65536]", int), default=64, help="images per rank and step")
     add("--eval-crop-ratio", type=interval("[0.1, 1]"), default=0.875, help="centre crop / resized image")
     add("--num-workers", type=interval("[0, 1024]", int), default=10, help="data loading processes per rank")
     add("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
@@ -77,9 +79,10 @@ def required_model(args):
         raise InputError(f"--model is required: {MODEL_HELP}")
 
 
-def data_flags(args):
-    """The flags that give the next stage the same data."""
-    return f"--data-set {args.data_set} --data-path {args.data_path}"
+def print_command(args, script, *flags):
+    """Print the command that starts another stage with ``flags`` on the same data, quoted as a shell reads it."""
+    words = ["python", script, *flags, "--data-set", args.data_set, "--data-path", args.data_path]
+    print_once(f"  {shlex.join(map(str, words))}")
 
 
 # ------------------------------------------------------------------------------------------ what may be cut
@@ -254,13 +257,13 @@ def add_budget_options(parser, several):
     add("--no-compensation", dest="compensate", action="store_false", default=None, help="cut plain slices")
     words = "refit each sub-network block by block on N training images; labels are not used"
     add("--calibrate", type=positive_int, metavar="N", help=words)
-    add("--op-code", type=interval("[-1, inf)", int), nargs=nargs, help="step of the width table")
+    add("--op-code", type=interval("[-1, 1e9]", int), nargs=nargs, help="step of the width table")
     add("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
     add("--macs-ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")
     add("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")
     add("--latency-ms", type=quantity, nargs=nargs, help="milliseconds per batch, measured on this device")
     add("--latency-device", help="cpu, cuda, or a latency_*.json that --benchmark wrote elsewhere (default: --device)")
-    add("--latency-batch-size", type=positive_int, default=1, help="images per batch for latencies")
+    add("--latency-batch-size", type=interval("[1, 65536]", int), default=1, help="images per batch for latencies")
     add("--finer", action="store_true", help="use what a budget leaves for widths between two steps of the table")
 
 

@@ -17,6 +17,7 @@ from models.vit.pretrained import load_weights, read_checkpoint
 from utils import InputError, print_once
 
 BEST_NAME, MID_EPOCH_NAME, LOG_NAME = "best_checkpoint.pth", "mid_epoch.pth", "log.txt"
+RESTORED = ("optimizer", "lr_scheduler", "epoch", "scaler", "max_accuracy", "position")
 POSITION = ("updates", "losses", "loss_sum", "skipped")
 
 
@@ -49,6 +50,7 @@ class TrainingRun:
         self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.max_accuracy, self.skipped = 0.0, 0
+        self.resumed = self.written = None
         self.begin_epoch(0)
         # A sub-network without a branch leaves that branch's parameters out of the backward pass.
         self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
@@ -73,6 +75,12 @@ class TrainingRun:
         """Set the position to the start of ``epoch``."""
         self.epoch, self.updates, self.losses = epoch, 0, 0
         self.loss_sum = torch.zeros((), device=self.device)
+
+    def outcome(self):
+        """(what the run has done, in words; its last checkpoint)."""
+        if self.written:
+            return f"wrote {self.written}", self.written
+        return f"nothing was left to train after {self.resumed}", self.resumed
 
     def epochs(self):
         """The epochs that are left; the first may be under way."""
@@ -141,7 +149,8 @@ class TrainingRun:
         content = self.content() | self.more()
         if best:
             utils.save_torch(content, self.output / BEST_NAME)
-        utils.save_torch(content, self.output / f"checkpoint_{done}.pth")
+        self.written = self.output / f"checkpoint_{done}.pth"
+        utils.save_torch(content, self.written)
         if utils.is_main():
             (self.output / MID_EPOCH_NAME).unlink(missing_ok=True)
             for number, path in numbered_checkpoints(self.output).items():
@@ -153,32 +162,78 @@ class TrainingRun:
         utils.save_torch(self.content() | self.more(), self.output / MID_EPOCH_NAME)
 
     def resume(self, output):
-        """Go on as ``--resume`` asks for. Returns (path, content) of the checkpoint; (None, {}) for a new run."""
-        path = to_resume(self.args.resume, output)
-        return path, self.restore(path) if path else {}
+        """Go on as ``--resume`` asks for. Returns (path, content) of the checkpoint; (None, {}) for a new run.
+
+        'auto' passes over what cannot be gone on from. Raises InputError if nothing else is there.
+        """
+        passed, first = [], None
+        while path := to_resume(self.args.resume, output, passed):
+            try:
+                return path, self.restore(path)
+            except InputError as error:
+                if self.args.resume != "auto":
+                    raise
+                print_once(f"note: passed over: {error}")
+                passed, first = [*passed, path], first or error
+        if first:
+            raise first
+        return None, {}
 
     def restore(self, path):
         """Go on from ``path``. Returns the checkpoint's content. Raises InputError if it is no checkpoint of a run."""
-        content = read_checkpoint(path)
+        content, own = read_checkpoint(path), self.content()
         missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in content]
         if missing:
             raise InputError(f"--resume {path}: cannot be resumed from, it has no {', '.join(missing)}")
         load_weights(self.model, content["model"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scheduler.load_state_dict(content["lr_scheduler"])
         if self.ema and content.get("model_ema"):
-            self.ema.module.load_state_dict(content["model_ema"])
-        self.scaler.load_state_dict(content.get("scaler") or {})
+            load_weights(self.ema.module, content["model_ema"], path)
+        if wrong := other_kind({name: value for name, value in own.items() if name in RESTORED}, content):
+            raise InputError(f"--resume {path}: cannot be resumed from, its member {wrong} is of another kind")
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scheduler.load_state_dict(content["lr_scheduler"])
+            self.scaler.load_state_dict(content.get("scaler") or {})
+            values = [value for state in self.optimizer.state.values() for value in state.values()]
+            if not all(isinstance(value, torch.Tensor | int | float | list | None) for value in values):
+                raise TypeError("the optimiser's state holds more than numbers")
+        except Exception as error:  # each raises whatever a state of something else makes it
+            raise InputError(f"--resume {path}: cannot be resumed from ({type(error).__name__}: {error})") from None
         self.begin_epoch(content["epoch"] + 1)
         self.max_accuracy = content.get("max_accuracy", 0.0)
         for name in POSITION:
             value = content.get("position", {}).get(name, getattr(self, name))
             setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
+        self.resumed = path
         return content
 
 
-def to_resume(resume, output):
-    """The checkpoint that ``--resume`` means: a file, or for 'auto' the newest readable one in ``output``, if any.
+def other_kind(own, saved):
+    """The dotted name of a member of the nested ``saved`` that is of another kind than that of ``own``, or None.
+
+    Members that only one of them has are left alone, and what is None in ``own`` may be anything.
+    """
+    for name, value in own.items() if isinstance(own, dict) else enumerate(own):
+        if value is None or (isinstance(saved, dict) and name not in saved):
+            continue
+        other = saved[name]
+        if isinstance(value, dict):
+            fits = isinstance(other, dict)
+        elif isinstance(value, list | tuple):
+            fits = isinstance(other, list | tuple) and len(other) == len(value)
+        elif isinstance(value, torch.Tensor):
+            fits = isinstance(other, torch.Tensor) and other.shape == value.shape
+        else:
+            fits = isinstance(other, int | float if isinstance(value, float) else type(value))
+        inner = other_kind(value, other) if fits and isinstance(value, dict | list | tuple) else None
+        if not fits or inner:
+            return f"{name}.{inner}" if inner else str(name)
+    return None
+
+
+def to_resume(resume, output, passed=()):
+    """The checkpoint that ``--resume`` means: a file, or for 'auto' the newest readable one in ``output``, if any, but
+    for those ``passed`` over.
 
     Raises InputError if a new run would overwrite the checkpoints of an earlier one.
     """
@@ -191,9 +246,9 @@ def to_resume(resume, output):
     positions = {output / MID_EPOCH_NAME: _position(output / MID_EPOCH_NAME)}
     for number in sorted(found, reverse=True):
         positions[found[number]] = _position(found[number])
-        if positions[found[number]]:
+        if positions[found[number]] and found[number] not in passed:
             break
-    readable = {path: position for path, position in positions.items() if position}
+    readable = {path: position for path, position in positions.items() if position and path not in passed}
     chosen = max(readable, key=readable.get, default=None)
     if not utils.all_the_same(str(chosen)):
         raise InputError(f"--resume auto: not every rank finds {chosen}; --output-dir must be on shared storage")
@@ -206,8 +261,8 @@ def _position(path):
         return None
     try:
         content = read_checkpoint(path)
-        return content["epoch"] + 1, content.get("position", {}).get("updates", 0)
-    except (InputError, KeyError) as error:
+        return content["epoch"] + 1, content.get("position", {}).get("updates", 0) + 0
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         print_once(f"note: passed over: {error}")
         return None
 

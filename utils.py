@@ -1,12 +1,15 @@
 """What every stage shares: errors, command lines, signals, devices and ranks, randomness, files."""
 
 import argparse
+import difflib
 import hashlib
+import io
 import json
 import os
 import platform
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -36,11 +39,18 @@ class ModelError(InputError):
         self.needs_file = needs_file
 
 
+class SizeError(ModelError):
+    """An image size that a model cannot have. The message begins with the size."""
+
+
 @contextmanager
 def name_flag(flag, file_flag=None):
-    """Put ``flag`` in front of a ModelError about its value, and name the flag that takes a file of weights."""
+    """Put ``flag``, or the image size's, in front of a ModelError about its value, and name the flag that takes a file
+    of weights."""
     try:
         yield
+    except SizeError as error:
+        raise InputError(f"--input-size {error}") from None
     except ModelError as error:
         instead = f"; give a file of weights with {file_flag}" if error.needs_file and file_flag else ""
         raise InputError(f"{flag} {error}{instead}") from None
@@ -49,6 +59,17 @@ def name_flag(flag, file_flag=None):
 def first_line(error):
     """The first line of an exception's message, or its class if there is none."""
     return str(error).split("\n")[0] or type(error).__name__
+
+
+def nearest(name, names):
+    """The ``names`` that ``name`` may be a misspelling of, in words to end an error with."""
+    found = difflib.get_close_matches(name, names)
+    return f"; the nearest: {', '.join(found)}" if found else ""
+
+
+def printable(text):
+    """``text`` with control characters, which a terminal would obey, as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class Interrupted(Exception):
@@ -93,7 +114,7 @@ class StageParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        self.exit(2, f"error: {message}; --help explains every flag\n")
+        self.exit(2, printable(f"error: {message}; --help explains every flag\n"))
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -127,8 +148,9 @@ def interval(bounds, kind=float):
     return parse
 
 
-positive_int = interval("[1, inf)", int)
-non_negative_int = interval("[0, inf)", int)
+# A billion is more than any count has a use for, and less than what overflows.
+positive_int = interval("[1, 1e9]", int)
+non_negative_int = interval("[0, 1e9]", int)
 fraction = interval("(0, 1]")
 probability = interval("[0, 1]")
 
@@ -169,15 +191,25 @@ def print_table(lines):
         print_once("  ".join([first.ljust(lengths[0]), *words]))
 
 
-def run_stage(main, args):
-    """Run ``main(args)``. Bad input, a loss that is not finite or ranks that disagree become one line and exit code 2.
+# In the environment: what ends a stage is a traceback again.
+TRACEBACK = "SKD_TRACEBACK"
 
-    A run that was stopped by SIGTERM or SIGUSR1 (Slurm's warning) ends with exit code 75, "try again".
+
+def run_stage(main, args):
+    """Run ``main(args)``. Bad input, and what the file system, torch and timm raise, becomes one line and exit code 2.
+
+    Errors that only a bug raises (TypeError, AttributeError, KeyError ...) stay tracebacks, and TRACEBACK in the
+    environment makes all others tracebacks too. A run that was stopped by SIGTERM or SIGUSR1 (Slurm's warning) ends
+    with exit code 75, "try again".
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a path
     try:
         main(args)
-    except (InputError, FloatingPointError, RanksDisagree) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (OSError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(printable(f"error: {_in_words(error)}"), file=sys.stderr, flush=True)
         # Without the interpreter's clean-up: another rank may be waiting inside a collective for this one.
         os._exit(2) if is_distributed() else sys.exit(2)
     except Interrupted:
@@ -186,6 +218,17 @@ def run_stage(main, args):
     finally:
         if is_distributed():
             dist.destroy_process_group()
+
+
+def _in_words(error):
+    """The one line that a user sees of an error."""
+    if isinstance(error, InputError | FloatingPointError | RanksDisagree):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return f"out of memory ({first_line(error)}); take a smaller --batch-size, --input-size or model"
+    return f"{type(error).__name__}: {first_line(error)}; {TRACEBACK}=1 in the environment shows where"
 
 
 # ------------------------------------------------------------------------------------------ signals
@@ -347,7 +390,7 @@ def barrier():
 def print_once(*words):
     """Print on the main rank only."""
     if is_main():
-        print(*words, flush=True)
+        print(*(printable(str(word)) for word in words), flush=True)
 
 
 # ------------------------------------------------------------------------------------------ randomness
@@ -421,12 +464,43 @@ def unwritable(path, error):
     return InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
 
 
-def save_torch(obj, path):
-    """torch.save to ``path``, complete or not at all. Main rank only; the others return at once.
+def read_text(path, expected):
+    """The text of a regular file; a pipe would keep the reader waiting. expected: the end of the error's message.
 
-    Raises InputError if it cannot be written, for example because the disk is full.
+    Raises InputError if there is none, or if it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; {expected}")
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse_json(text, source):
+    """What a JSON text holds. source: the name in errors. Raises InputError if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # besides bad syntax: a number of 5,000 digits, 10,000 brackets
+        raise InputError(f"{source}: not JSON ({first_line(error)})") from None
+
+
+def check_finite(content, path):
+    """Raise FloatingPointError if a tensor in nested dicts is NaN or infinite: such a file is not to be written."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            check_finite(value, path)
+        elif isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+            raise FloatingPointError(f"{path}: not written, {name} holds NaN or infinite values")
+
+
+def save_torch(obj, path):
+    """torch.save of a dict to ``path``, complete or not at all. Main rank only; the others return at once.
+
+    Raises InputError if it cannot be written, for example because the disk is full, and what ``check_finite`` raises.
     """
     if is_main():
+        check_finite(obj, path)
         # Through a file of ours: torch's own reports a full disk as an error of its archive.
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             try:
@@ -447,11 +521,8 @@ def save_text(text, path):
 def append_json_line(record, path):
     """Append one JSON object as a line, DeiT's log format. Main rank only."""
     if is_main():
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise unwritable(path, error) from None
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def output_folder(path, flag="--output-dir"):
@@ -466,7 +537,7 @@ def output_folder(path, flag="--output-dir"):
             finally:
                 probe.unlink(missing_ok=True)
             for leftover in path.glob(".*.part"):  # of a run that was killed while writing
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         except OSError as error:
             raise unwritable(f"{flag} {path}", error) from None
     barrier()

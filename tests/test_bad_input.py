@@ -1,6 +1,7 @@
 """docs/bad_input.md, walked through: every row is run in this process and must print its line, exit with 2 and write
 nothing."""
 
+import gzip
 import importlib
 import io
 import json
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import utils
 from models.vit.pretrained import ModelSpec
+from models.vit.weights import as_safetensors
 
 DOCUMENT = ROOT / "docs/bad_input.md"
 # What the document says every command is run with; flags of the row come later, and win.
@@ -63,10 +65,15 @@ def make_checkpoints(state):
     torch.save({"model": [1, 2]}, "no_dict.pth")
     torch.save({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, "resnet.pth")
     torch.save({"model": tiny_vit().state_dict()}, "wider.pth")
-    for name, value in (("nan", float("nan")), ("huge", 1e38)):
-        damaged = {key: tensor.clone() for key, tensor in state.items()}
-        damaged["blocks.1.mlp.fc1.weight"][3, 4] = value
-        torch.save(damaged, f"{name}.pth")
+    name, numbers = "blocks.1.mlp.fc1.weight", torch.zeros(256, 64)
+    odd = {"int8": numbers.to(torch.int8), "complex": numbers.to(torch.complex64), "sparse": numbers.to_sparse()}
+    odd |= {"nan": numbers + float("nan"), "huge": numbers + 1e38, "big": numbers.double() + 1e300}
+    for fault, tensor in odd.items():
+        torch.save(state | {name: tensor}, f"{fault}.pth")
+    torch.save(state | {"head.weight": torch.zeros(1).expand(10**9, 64)}, "stride.pth")
+    content = bytearray(as_safetensors(state))
+    content[-1000] ^= 16
+    Path("flipped.safetensors").write_bytes(content)
     torch.save({"model": state, "config": {"model": "vit_digits", "num_classes": 10, "img_size": None}}, "subnet.pth")
 
 
@@ -105,8 +112,21 @@ def make_compensation(path):
     save_file(tensors, "other.safetensors", metadata={"fc2": "of another network"})
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    tensors["blocks.2.mlp.factor"][3, 1] = float("nan")
-    save_file(tensors, "nan.safetensors", metadata=metadata)
+    del metadata["checksum"]
+    for name, place, value in (("nan", (3, 1), float("nan")), ("zero", (3, 3), 0.0)):
+        damaged = tensors | {"blocks.2.mlp.factor": tensors["blocks.2.mlp.factor"].clone()}
+        damaged["blocks.2.mlp.factor"][place] = value
+        save_file(damaged, f"{name}.safetensors", metadata=metadata)
+    os.mkfifo("pipe")
+
+
+def make_folders():
+    """A sub-network's folder that names more than sizes, and weights beside the table of others."""
+    run_stage("main_test.py --checkpoint net --op-code 0 --save stranger --output-dir results")
+    config = Path("stranger/config.json")
+    config.write_text(config.read_text().replace('"model_args": {', '"model_args": {"checkpoint_path": "pickle.pth", '))
+    shutil.copytree("net", "mixed")
+    torch.save({"model": torch.load("weights.pth")["model"]}, "mixed/reparamed.pth")
 
 
 def jpeg(color):
@@ -128,8 +148,17 @@ def make_images(root, classes=("cat", "dog"), evaluation=None, count=3):
 
 def make_data():
     """Folders of images with one fault each."""
-    for name in ("images", "truncated", "text", "no_val", "empty_class", "unreadable"):
+    for name in ("images", "truncated", "text", "no_val", "empty_class", "unreadable", "loop", "pipes"):
         make_images(name)
+    Path("loop/train/cat/up").symlink_to("..")
+    Path("pipes/val/cat/2.JPEG").unlink()
+    os.mkfifo("pipes/val/cat/2.JPEG")
+    for name, labels in (("inat_label", [7]), ("inat_empty", [])):
+        Path(name).mkdir()
+        Path(f"{name}/cat.jpg").write_bytes(jpeg(3))
+        content = {"images": [{"id": 1, "file_name": "cat.jpg"}], "categories": [{"id": 0}, {"id": 1}]}
+        content["annotations"] = [{"image_id": 1, "category_id": label} for label in labels]
+        Path(f"{name}/val2018.json").write_text(json.dumps(content))
     shutil.rmtree("no_val/val")
     for file in Path("empty_class/train/dog").iterdir():
         file.unlink()
@@ -140,9 +169,11 @@ def make_data():
         Path(f"text/{split}/cat/2.JPEG").write_text("no picture")
     for file in Path("unreadable").rglob("*.JPEG"):
         file.write_bytes(b"")
-    Path("fashion").mkdir()
-    for part in ("images-idx3", "labels-idx1"):
-        Path(f"fashion/train-{part}-ubyte.gz").write_bytes(b"no gzip")
+    bomb = gzip.compress(bytes([0, 0, 8, 3]) + np.array([65536, 256, 256], ">i4").tobytes() + bytes(10**6))
+    for name, content in (("fashion", b"no gzip"), ("bomb", bomb)):
+        Path(name).mkdir()
+        for part in ("images-idx3", "labels-idx1"):
+            Path(f"{name}/train-{part}-ubyte.gz").write_bytes(content)
     Path("no_classes/train").mkdir(parents=True)
 
 
@@ -161,6 +192,7 @@ def folder(tmp_path_factory):
         run_stage(f"main_reparam.py --model vit_digits {two}")
         make_tables(Path("net/mask_table.json").read_text())
         make_compensation(Path("net/compensation.safetensors"))
+        make_folders()
         Path("file").touch()
         Path("nothing").mkdir()
         yield folder
@@ -221,16 +253,18 @@ def test_a_row_of_the_document(command, line, folder, monkeypatch, capfd):
     assert not Path("it-ran").exists(), "the pickle ran"
 
 
-def test_the_document_has_many_rows_and_every_flag_that_can_be_wrong(monkeypatch):
-    """All flags of all stages with a type or choices; a flag that is new there needs a row."""
-    assert len(ROWS) >= 40 and len({command for command, _ in ROWS}) == len(ROWS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_with_a_type_or_choices_refuses_nonsense(script, monkeypatch, capsys):
     parsers = []
     monkeypatch.setattr(utils.StageParser, "parse_args", lambda self, argv=None: parsers.append(self))
-    for script in SCRIPTS:
-        module_of(script).get_args([])
-    flags = {a.option_strings[0] for p in parsers for a in p._actions if a.type or a.choices}
-    named = {utils.dashed(word) for command, _ in ROWS for word in command.split() if word.startswith("--")}
-    assert len(flags) > 40 and not flags - named
+    module_of(script).get_args([])
+    flags = [a.option_strings[0] for a in parsers[0]._actions if (a.type or a.choices) and a.type is not Path]
+    monkeypatch.undo()
+    for flag in flags:
+        with pytest.raises(SystemExit) as stop:
+            module_of(script).get_args([flag, "nonsense"])
+        assert stop.value.code == 2 and f"error: argument {flag}: " in capsys.readouterr().err
+    assert len(flags) > 15
 
 
 @pytest.mark.parametrize("command", [
@@ -244,3 +278,55 @@ def test_in_a_process_of_its_own_it_is_one_line_and_exit_code_2(command, folder)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert_the_line(result.stderr, dict(ROWS)[command])
     assert not (folder / "it-ran").exists()
+
+
+def test_the_system_s_errors_are_one_line_and_bugs_are_tracebacks(monkeypatch, capsys):
+    def fails(error):
+        def main(args):
+            raise error
+
+        utils.run_stage(main, None)
+
+    known = [
+        (OSError(36, "File name too long", "x" * 300), "x" * 300 + ": File name too long"),
+        (MemoryError(), "out of memory (MemoryError); take a smaller"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory (DefaultCPU"),
+        (ValueError("of\x1b[2Jtimm"), "ValueError: of\\x1b[2Jtimm; SKD_TRACEBACK=1 in the environment shows where"),
+        (FloatingPointError("the loss is nan"), "the loss is nan"),
+    ]
+    for error, line in known:
+        with pytest.raises(SystemExit, match="2"):
+            fails(error)
+        assert capsys.readouterr().err.startswith(f"error: {line}")
+    for bug in (TypeError, AttributeError, KeyError, AssertionError):
+        with pytest.raises(bug):
+            fails(bug())
+    monkeypatch.setenv(utils.TRACEBACK, "1")
+    with pytest.raises(MemoryError):
+        fails(MemoryError())
+
+
+def test_what_is_printed_fits_the_terminal_and_a_shell_reads_it(tmp_path, folder):
+    """Blanks, quotes, control characters and letters that an ASCII terminal lacks, in the name of a folder."""
+    output = tmp_path / "a 'b' \x1b[2J\u00e9"
+    flags = f"--model vit_digits --pretrained weights.pth --proxy-samples 16 --output-dir {shlex.quote(str(output))}"
+    command = [sys.executable, ROOT / "main_reparam.py", *COMMON, *shlex.split(flags)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=folder, capture_output=True, env=environment, timeout=300)
+    assert result.returncode == 0 and b"\x1b" not in result.stdout and b"Traceback" not in result.stderr
+    (line,) = (line for line in result.stdout.decode().splitlines() if "main_test.py" in line)
+    words = shlex.split(line)
+    assert words[:3] == ["python", "main_test.py", "--checkpoint"]
+    assert words[3] == str(output).replace("\x1b", "\\x1b").replace("\u00e9", "\\xe9")
+
+
+def test_a_folder_left_by_a_killed_run_goes_and_a_save_on_another_disk_works(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    mount(folder / "disk", "size=4m")
+    try:
+        for place in ("disk", "."):
+            (Path(place) / f".{os.getpid()}.part").mkdir()
+            run_stage(f"main_test.py --checkpoint net --op-code 0 --save {place} --output-dir results")
+            assert Path(place, "model.safetensors").is_file() and not list(Path(place).glob(".*.part"))
+    finally:
+        unmount(folder / "disk")

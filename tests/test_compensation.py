@@ -135,8 +135,8 @@ def test_compensated_attention_equals_weighted_least_squares(basis):
 
 def test_every_shape_can_be_compensated_and_stored(tmp_path):
     supernet, compensation = reparameterised("pca", "hessian")
-    save_compensation(compensation, supernet, tmp_path / "x.safetensors")
-    again, images = load_compensation(tmp_path / "x.safetensors", supernet), random_images(2)
+    save_compensation(compensation, supernet, tmp_path / "x.safetensors", "digest")
+    again, images = load_compensation(tmp_path / "x.safetensors", supernet, "digest"), random_images(2)
     for widths in TINY_WIDTHS:
         with torch.no_grad():
             one, other = (cut(supernet, widths, known)(images) for known in (compensation, again))
@@ -146,15 +146,15 @@ def test_every_shape_can_be_compensated_and_stored(tmp_path):
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
     path, (supernet, compensation) = tmp_path / "compensation.safetensors", reparameterised()
-    with pytest.raises(InputError, match="no such file; stage 1 writes it"):
-        load_compensation(path, supernet)
+    with pytest.raises(InputError, match=r"no such file\); stage 1 writes it"):
+        load_compensation(path, supernet, "digest")
     path.write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not a readable"):
-        load_compensation(path, supernet)
-    save_compensation(compensation, supernet, path)
-    load_compensation(path, supernet)
+        load_compensation(path, supernet, "digest")
+    save_compensation(compensation, supernet, path, "digest")
+    load_compensation(path, supernet, "digest")
     with pytest.raises(InputError, match="other weights"):
-        load_compensation(path, tiny_supernet(seed=1))
+        load_compensation(path, supernet, "another")
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"init_values": 0.5}])

@@ -1,5 +1,6 @@
 """Data sets and weight files in the layouts users have, and loaders that do not depend on workers."""
 
+import contextlib
 import gzip
 import json
 import pickle
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 import datasets
 from models.vit.pretrained import ModelSpec, load_pretrained, load_weights, read_checkpoint
+from models.vit.weights import as_safetensors
 from utils import InputError
 
 
@@ -110,6 +112,13 @@ def test_inaturalist_by_its_annotations(name, year, shared_args, tmp_path):
         datasets.load_images(named(shared_args, name, tmp_path), train=True)
 
 
+def test_the_names_of_the_papers_code_are_ours(shared_args, tmp_path):
+    for name, ours in datasets.OFFICIAL_NAMES.items():
+        with pytest.raises(InputError) as error:
+            datasets.load_images(named(shared_args, name.lower(), tmp_path), train=True)
+        assert str(error.value).startswith(f"{tmp_path}") and datasets.DATA_SETS[ours][2] in str(error.value)
+
+
 def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
     for split in ("train", "validation"):
         for name in ("cat", "dog", "eel"):
@@ -124,7 +133,7 @@ def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["IMNET", "CIFAR10", "CIFAR", "FLOWERS", "FOOD", "FASHION_MNIST", "CARS", "CUB", "INAT", "nonsense"]
+    "name", ["IMNET", "CIFAR10", "CIFAR", "FLOWERS", "FOOD", "FASHION_MNIST", "CARS", "CUB", "INAT", "ImageFolder"]
 )
 def test_a_missing_data_set_is_named_with_its_path(name, shared_args, tmp_path):
     with pytest.raises(InputError) as error:
@@ -156,10 +165,12 @@ def test_augmentation_depends_on_seed_epoch_and_position_alone(shared_args):
     assert not torch.equal(first, epoch(1)) and not torch.equal(first, epoch(0, seed=1))
 
 
-def test_deits_policy_runs_at_its_largest_magnitude(shared_args):
-    """Posterise to 0 bits, which recent versions of Pillow refuse, comes up in DeiT's own policy."""
-    args = training_args(shared_args, aa="rand-m10-inc1")
-    transform = datasets.train_transform(args, {"img_size": 48, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+@pytest.mark.parametrize("policy", ["v0", "original", "rand-m10-inc1", "augmix-m10-w3", "3a"])
+def test_every_policy_that_is_accepted_runs(policy, shared_args):
+    """Posterise to 0 bits, which recent versions of Pillow refuse, comes up in most of them."""
+    transform = datasets.train_transform(
+        training_args(shared_args, aa=policy), {"img_size": 48, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
     for _ in range(60):
         assert transform(image).shape == (3, 48, 48)
@@ -168,7 +179,7 @@ def test_deits_policy_runs_at_its_largest_magnitude(shared_args):
 # ------------------------------------------------------------------------------------------ weights
 
 
-@pytest.mark.parametrize("kind", ["deit", "bare", "safetensors", "ddp"])
+@pytest.mark.parametrize("kind", ["deit", "bare", "safetensors", "ddp", "compiled", "half"])
 def test_weight_files_of_every_kind_load(kind, tmp_path):
     spec = ModelSpec("vit_digits", 10)
     source = spec.build().eval()
@@ -177,6 +188,11 @@ def test_weight_files_of_every_kind_load(kind, tmp_path):
         save_file(state, path)
     elif kind == "ddp":
         torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+    elif kind == "compiled":
+        torch.save({"model": {f"module._orig_mod.{name}": value for name, value in state.items()}}, path)
+    elif kind == "half":
+        source.half().float()
+        torch.save({name: value.half() for name, value in state.items()}, path)
     else:
         torch.save({"model": state} if kind == "deit" else state, path)
     model, remarks = load_pretrained(spec, path)
@@ -238,6 +254,15 @@ def test_a_bit_that_changed_is_noticed_or_changes_nothing(suffix, tmp_path):
         same = found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
         changed += not same
     assert refused > 10 and (not changed if suffix == ".pth" else changed > 20)
+
+
+def test_a_checksum_in_safetensors_finds_a_bit_anywhere_in_the_tensors(tmp_path):
+    state, path = {"a": torch.arange(300.0), "b": torch.ones(2, 3, dtype=torch.float16)}, tmp_path / "w.safetensors"
+    path.write_bytes(as_safetensors(state))
+    for _ in flipped_everywhere(path, 3):
+        with contextlib.suppress(InputError):
+            found = read_checkpoint(path)["model"]
+            assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_an_archive_without_checksums_is_read(tmp_path):

@@ -18,7 +18,7 @@ import main_test
 from models.subnet import export, load
 from models.subnet.extract import extract
 from models.subnet.store import load_supernet, subnet_config
-from models.vit import families
+from models.vit import families, weights
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec
 from models.vit.supernet import as_supernet, full_widths
@@ -102,6 +102,7 @@ def test_the_loader_works_without_this_repository(tmp_path):
     subnet, _ = saved(tmp_path / "net")
     shutil.copy(load.__file__, tmp_path / "loader.py")
     shutil.copy(families.__file__, tmp_path)
+    shutil.copy(weights.__file__, tmp_path)
     torch.save(random_images(2, size=24), tmp_path / "images.pt")
     code = "import loader, torch; torch.save(loader.load_subnetwork('net')(torch.load('images.pt')), 'logits.pt')"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
@@ -134,6 +135,18 @@ def test_the_stages_read_a_saved_folder_at_any_input_size_and_a_fine_tuned_check
         (lambda text: text[:40], "cannot be read"),
         (lambda text: text.replace('"widths"', '"depths"'), "it has no widths"),
         (lambda text: text.replace("[256, 0, 8, 0]", "[512, 0, 8, 0]"), "its description is that of no network"),
+        (lambda text: text.replace("[256, 0, 8, 0]", f"[{10**400}, 0, 8, 0]"), "is no size"),
+        (lambda text: text.replace("[256, 0, 8, 0]", "[" * 10**5), "cannot be read"),
+        (
+            lambda text: text.replace('"model_args": {', '"model_args": {"checkpoint_path": "x", '),
+            "it names checkpoint_path",
+        ),
+        (lambda text: text.replace('"model_args": {', '"model_args": {"pretrained": true, '), "it names pretrained"),
+        (
+            lambda text: text.replace('"pretrained_cfg": {', '"pretrained_cfg": {"hf_hub_id": "x", '),
+            "it names hf_hub_id",
+        ),
+        (lambda text: text.replace('"vit_tiny_patch16_224"', '"hf-hub:someone/x"'), "it names hf-hub:someone/x"),
         (lambda text: text.replace('"num_classes": 10', '"num_classes": 11'), "does not fit"),
         (lambda text: text.replace('"vit_digits"', '"os.system"'), "neither one of"),
     ],
@@ -145,6 +158,9 @@ def test_a_damaged_folder_is_refused_in_one_line(change, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         load_supernet(tmp_path)
     assert "\n" not in str(error.value)
+    if message not in ("does not fit", "neither one of"):
+        with pytest.raises(ValueError):
+            load.load_subnetwork(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ exports

@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
+from conftest import tiny_supernet
 from runs import assert_same_run, log_of, mount, once, signal_self, train, unmount
+from test_engine import training_args
 
 import engine
 import training
@@ -18,6 +20,7 @@ from models.piad.width_table import WidthTable
 from models.subnet.store import load_supernet
 from models.vit.pretrained import read_checkpoint
 from models.vit.widths import Widths
+from training import TrainingRun
 
 # Where runs are disturbed: (module, function).
 BACKWARD, EVALUATE, RENAME = ("engine", "_backward"), ("main_train", "evaluate"), ("os", "replace")
@@ -200,3 +203,24 @@ def poison(times):
     """Make the ``times``-th loss of this process infinite."""
     original, calls = engine._backward, itertools.count(1)
     engine._backward = lambda *args: original(*args) * (float("inf") if next(calls) == times else 1.0)
+
+
+# ------------------------------------------------------------------------------------------ members of other kinds
+
+
+@pytest.mark.parametrize("member", ["optimizer", "lr_scheduler", "epoch", "max_accuracy", "position", "model"])
+@pytest.mark.parametrize("value", ["text", [1], {"state": 1, "base_values": "x", "updates": "x"}, None])
+def test_a_member_of_another_kind_is_refused_and_auto_goes_on_from_the_one_before(member, value, tmp_path, capsys):
+    args = training_args(resume="auto", keep_last=9, opt="adamw", save_every_steps=0)
+    for epoch in range(2):
+        run = TrainingRun(tiny_supernet(), args, torch.device("cpu"), 4)
+        run.output, run.more = tmp_path, dict
+        run.begin_epoch(epoch)
+        run._save_epoch(best=False)
+    newest = tmp_path / "checkpoint_1.pth"
+    torch.save(read_checkpoint(newest) | {member: value}, newest)
+    run = TrainingRun(tiny_supernet(), args, torch.device("cpu"), 4)
+    path, _ = run.resume(tmp_path)
+    assert path == tmp_path / "checkpoint_0.pth" and run.epoch == 1 and "passed over" in capsys.readouterr().out
+    with pytest.raises(utils.InputError, match="checkpoint_1"):
+        TrainingRun(tiny_supernet(), training_args(resume=str(newest)), torch.device("cpu"), 4).resume(tmp_path)

@@ -37,7 +37,7 @@ def main(args):
     proxy = datasets.proxy_loader(datasets.load_images(args, train=True), transform, args, "proxy_samples")
     compensation = measure_compensation(supernet, proxy, OBJECTIVES[args.objective], args.amp)
     output = args.output or path.parent / COMPENSATION_NAME
-    save_compensation(compensation, supernet, output)
+    save_compensation(compensation, supernet, output, loaded.weights)
     print_once(f"wrote {output}; main_test.py and main_finetune_peeled.py now compensate what they cut from {path}")
 
 

@@ -9,7 +9,7 @@ import datasets
 import utils
 from engine import evaluate, make_criterion, train_one_epoch
 from models.vit.pretrained import ModelSpec
-from options import add_training_options, data_flags, required_model, stage_parser
+from options import add_training_options, print_command, required_model, stage_parser
 from training import TrainingRun
 from utils import print_once
 
@@ -49,7 +49,7 @@ def main(args):
     weights = output / "pretrained.pth"
     utils.save_torch({"model": {name: value.cpu() for name, value in model.state_dict().items()}}, weights)
     print_once(f"wrote {weights}; next:")
-    print_once(f"  python main_reparam.py --model {args.model} --pretrained {weights} {data_flags(args)}")
+    print_command(args, "main_reparam.py", "--model", args.model, "--pretrained", weights)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.vit.pretrained import ALIASES, default_num_classes, load_weights, not_downloaded, read_checkpoint
+from models.vit.pretrained import (
+    ALIASES,
+    check_known,
+    default_num_classes,
+    load_weights,
+    not_downloaded,
+    read_checkpoint,
+)
 from utils import ModelError
 
 
@@ -42,9 +49,8 @@ def load_teacher(name, num_classes, path=None):
 
     Raises ModelError if there is no such network or its weights cannot be downloaded, InputError if they do not fit.
     """
+    check_known(name)
     timm_name, changes = ALIASES.get(name, (name, {}))
-    if not timm.is_model(timm_name):
-        raise ModelError(f"{name}: neither one of {', '.join(ALIASES)} nor a timm name")
     if path:
         teacher = timm.create_model(timm_name, num_classes=num_classes, **changes)
         load_weights(teacher, read_checkpoint(path)["model"], path)

@@ -3,7 +3,6 @@
 import json
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import utils
 from models.vit.cost import MATMULS
@@ -57,10 +56,7 @@ class WidthTable:
     @classmethod
     def from_json(cls, text, source):
         """Parse ``mask_table.json``. source: the name in errors. Raises InputError if it is not a valid table."""
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:  # besides bad syntax: a number of 5,000 digits, 10,000 brackets
-            raise InputError(f"{source}: not JSON ({str(error).splitlines()[0]})") from None
+        content = utils.parse_json(text, source)
         if not isinstance(content, dict):
             raise InputError(f"{source}: expected one object with members '0.attn', '0.mlp', ...")
         meta = content.pop("meta", {})
@@ -73,17 +69,19 @@ class WidthTable:
     @classmethod
     def load(cls, path):
         """Read ``mask_table.json``. Raises InputError if it is missing or invalid."""
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; the width table lies beside the checkpoint as {TABLE_NAME}")
-        try:
-            text = path.read_text(errors="replace")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        text = utils.read_text(path, f"the width table lies beside the checkpoint as {TABLE_NAME}")
         return cls.from_json(text, path)
 
     def save(self, path):
         utils.save_text(self.to_json(), path)
+
+    def check_made_for(self, weights, source):
+        """Raise InputError if the table is known to be made for others than ``weights``, a digest. Tables of stage 1
+        know theirs; published ones do not."""
+        if self.meta.get("weights", weights) != weights:
+            raise InputError(
+                f"{source}: made for other weights than these; to use it all the same, give it as mask_table"
+            )
 
     def check_fits(self, costs, source):
         """Raise InputError unless the table is one of the network with ``costs``: it starts at the full widths, and

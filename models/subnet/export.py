@@ -1,6 +1,6 @@
 """Saving a sub-network where others can use it: safetensors and config.json, ONNX, torch.export and int8.
 
-Everything is written into a folder beside the target first and checked there. Only what is complete and passes moves
+Everything is written into a folder inside the target first and checked there. Only what is complete and passes moves
 in.
 """
 
@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import nn
 
 import utils
 from models.subnet.load import CONFIG_NAME, WEIGHTS_NAME
 from models.vit.pretrained import image_shape
+from models.vit.weights import as_safetensors
 from utils import InputError
 
 FORMATS = ("onnx", "pt2", "int8")
@@ -52,7 +52,7 @@ def save(subnet, config, folder, formats=()):
             lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
             (place / CONFIG_NAME).write_text("{\n" + ",\n".join(lines) + "\n}\n")
             # Not save_file, which makes files that their owner alone can read.
-            (place / WEIGHTS_NAME).write_bytes(to_safetensors(subnet.state_dict()))
+            (place / WEIGHTS_NAME).write_bytes(as_safetensors(subnet.state_dict()))
             if "pt2" in formats:
                 files[PT2_NAME] = _export_pt2(subnet, place / PT2_NAME)
             if "onnx" in formats or "int8" in formats:
@@ -66,16 +66,20 @@ def save(subnet, config, folder, formats=()):
 
 @contextmanager
 def _atomic_folder(folder):
-    """Yield an empty folder beside ``folder``; on success its files move in, on failure nothing does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    place.mkdir()
+    """Yield an empty folder inside ``folder``; on success its files move up, on failure nothing does.
+
+    Raises InputError if the file system refuses.
+    """
+    place = folder / f".{os.getpid()}.part"  # inside: another folder may be on another disk
     try:
+        place.mkdir(parents=True)
         yield place
         for file in place.iterdir():
             os.replace(file, folder / file.name)
+    except OSError as error:
+        raise utils.unwritable(folder, error) from None
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _example(subnet, batch):

@@ -81,11 +81,11 @@ class LatencyTable:
     @classmethod
     def load(cls, path):
         """Read a file of measurements. Raises InputError if it is not one."""
+        content = utils.parse_json(utils.read_text(path, "stage 3 writes it with --benchmark"), path)
         try:
-            content = json.loads(Path(path).read_text())
             points = {Widths.from_dict(point["widths"]): float(point["ms"]) for point in content["points"]}
             return cls(Path(path), Conditions(**content["conditions"]), points)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{path}: not a file of latencies that stage 3 wrote ({error!r})") from None
 
     @classmethod

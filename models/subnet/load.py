@@ -2,31 +2,36 @@
 
 Where timm has none that is narrow enough, small ones of vit/families.py stand (``OWN_MODULES``).
 
-Needs torch, timm (1.0.23 or newer) and safetensors, and of this repository vit/families.py alone: both files may be
-copied.
+Needs torch, timm (1.0.23 or newer) and safetensors, and of this repository vit/families.py and vit/weights.py: the
+three files may be copied. Nothing that stands in the folder is run, and nothing is downloaded.
 """
 
 import json
 from pathlib import Path
 
 import timm
-from safetensors.torch import load_file
 
 try:
-    from models.vit import families
-except ImportError:  # copied: the two files lie beside each other
+    from models.vit import families, weights
+except ImportError:  # copied: the files lie beside each other
     import families
+    import weights
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+# What config.json may say to timm. Other arguments of timm's make it fetch or run something.
+MODEL_ARGS = {"img_size", "patch_size", "embed_dim", "depth", "num_heads"}
+PRETRAINED_CFG = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+# Above every size of an image, a width or a number of classes that a network has.
+MOST = 2**20
 
 
 def load_subnetwork(folder):
     """The network saved in ``folder``, in eval mode on the CPU.
 
     ``pretrained_cfg`` of the network holds its input size, mean and std, for ``timm.data.resolve_data_config``. Raises
-    ValueError if config.json is not that of a sub-network.
+    ValueError if config.json is not that of a sub-network, or the weights are not those of one.
     """
-    config = read_config(folder)
+    config, path = read_config(folder), Path(folder) / WEIGHTS_NAME
     network = timm.create_model(
         config["architecture"],
         num_classes=config["num_classes"],
@@ -34,7 +39,13 @@ def load_subnetwork(folder):
         **config["model_args"],
     )
     families.narrow(network, config["widths"]["attn"], config["widths"]["mlp"])
-    network.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
+    try:
+        state, own = weights.read_safetensors(path)[0], network.state_dict()
+        if (wrong := state.keys() ^ own.keys()) or any(state[name].shape != own[name].shape for name in own):
+            raise ValueError(f"its tensors are not those that {CONFIG_NAME} says {sorted(wrong)[:2] or ''}".strip())
+        network.load_state_dict(weights.converted(state, own))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return network.eval()
 
 
@@ -42,11 +53,30 @@ def read_config(folder):
     """config.json of a saved sub-network as a dict. Raises ValueError if it is not one."""
     path = Path(folder) / CONFIG_NAME
     try:
+        if not path.is_file():
+            raise ValueError("no such file")
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
+    check_config(config, path)
+    return config
+
+
+def check_config(config, source):
+    """Raise ValueError, which names ``source``, if ``config`` does not describe a sub-network, or more than that."""
     wanted = {"architecture", "model_args", "num_classes", "pretrained_cfg", "widths"}
     missing = sorted(wanted - set(config)) if isinstance(config, dict) else sorted(wanted)
     if missing:
-        raise ValueError(f"{path}: not the config.json of a sub-network: it has no {', '.join(missing)}")
-    return config
+        raise ValueError(f"{source}: not the config.json of a sub-network: it has no {', '.join(missing)}")
+    try:
+        sizes = [config["num_classes"], *config["model_args"].values()]
+        sizes += [*config["widths"]["attn"], *config["widths"]["mlp"]]
+        unknown = (config["model_args"].keys() - MODEL_ARGS) | (config["pretrained_cfg"].keys() - PRETRAINED_CFG)
+        unknown |= set() if timm.is_model(config["architecture"]) else {config["architecture"]}
+    except (TypeError, KeyError, AttributeError) as error:  # a list where an object belongs, a number for a name
+        raise ValueError(f"{source}: not the config.json of a sub-network ({error!r})") from None
+    if unknown:
+        raise ValueError(f"{source}: refused, it names {', '.join(sorted(unknown))} to timm; expected sizes alone")
+    for size in sizes:
+        if type(size) is not int or not 0 <= size <= MOST:
+            raise ValueError(f"{source}: {size!r:.40} is no size; expected integers of 0 to {MOST}")

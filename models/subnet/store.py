@@ -19,6 +19,7 @@ from models.vit.cost import MATMULS, Costs
 from models.vit.families import OWN_MODULES, narrow
 from models.vit.pretrained import ALIASES, ModelSpec, classes_of, image_shape, load_weights, read_checkpoint
 from models.vit.supernet import as_stock, as_supernet, set_widths
+from models.vit.weights import digest
 from models.vit.widths import Widths
 from models.wpac.compensation import COMPENSATION_NAME, compensate, load_compensation
 from utils import InputError
@@ -31,8 +32,8 @@ _NUMBERED = re.compile(r"checkpoint_(\d+)\.pth")
 class SuperNetwork:
     """A super-network as it is loaded: the module, how it was built, its width table and its costs.
 
-    compensation: 2L Compensation, if what is cut is to be compensated. one_size: it is a sub-network already, so that
-    ``supernet`` is a stock network and the table has one step.
+    weights: their digest. compensation: 2L Compensation, if what is cut is to be compensated. one_size: it is a
+    sub-network already, so that ``supernet`` is a stock network and the table has one step.
     """
 
     supernet: nn.Module
@@ -40,6 +41,7 @@ class SuperNetwork:
     table: WidthTable
     costs: Costs
     source: Path
+    weights: str
     compensation: list | None = None
     one_size: bool = False
 
@@ -115,12 +117,15 @@ def load_supernet(
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     content = content or read(path)
     state = _chosen_weights(content, use_ema, path)
+    weights = digest(state)
     if "config" in content:
-        return _load_one_size(path, content["config"], state, input_size, kwargs)
+        return _load_one_size(path, content["config"], state, input_size, weights, kwargs)
     table_path = Path(mask_table) if mask_table else path.parent / TABLE_NAME
     table = WidthTable.load(table_path)
-    if "mask_table" in content and not mask_table:
-        table = _agreed(table, WidthTable.from_json(content["mask_table"], path), table_path, path)
+    if not mask_table:
+        table.check_made_for(weights, table_path)
+        if "mask_table" in content:
+            table = _agreed(table, WidthTable.from_json(content["mask_table"], path), table_path, path)
     spec = ModelSpec(
         name=model or _model_name(table, content, path),
         num_classes=classes_of(state),
@@ -133,12 +138,14 @@ def load_supernet(
     file, wanted = Path(compensation or path.parent / COMPENSATION_NAME), compensate
     if wanted is None:
         wanted = bool(compensation) or file.is_file()
-    return SuperNetwork(supernet, spec, table, costs, path, load_compensation(file, supernet) if wanted else None)
+    known = load_compensation(file, supernet, weights) if wanted else None
+    return SuperNetwork(supernet, spec, table, costs, path, weights, known)
 
 
-def _load_one_size(path, config, state, input_size, kwargs):
+def _load_one_size(path, config, state, input_size, weights, kwargs):
     """The SuperNetwork of one step that ``config`` (of ``subnet_config``) describes, for images of ``input_size``."""
     try:
+        load.check_config(config, path)
         widths = Widths.from_dict(config["widths"])
         spec = ModelSpec(config["model"], config["num_classes"], input_size or config["img_size"])
         subnet = as_supernet(spec.build(**kwargs))
@@ -151,7 +158,7 @@ def _load_one_size(path, config, state, input_size, kwargs):
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: its description is that of no network ({reason})") from None
     load_weights(subnet, state, path)
-    return SuperNetwork(subnet, spec, WidthTable([widths]), costs, path, one_size=True)
+    return SuperNetwork(subnet, spec, WidthTable([widths]), costs, path, weights, one_size=True)
 
 
 def _chosen_weights(content, use_ema, path):

@@ -2,7 +2,7 @@
 
 There is one entry for each class of attention, of MLP and of block. Statistics, bases, slicing, costs and extraction
 read these entries and know no family by name. docs/families.md gives the reason for each yes and no. The file needs
-torch and timm alone: with subnet/load.py beside it, it may be copied.
+torch and timm alone: with subnet/load.py and weights.py beside it, it may be copied.
 """
 
 from collections import OrderedDict
@@ -403,6 +403,8 @@ def _narrow_module(branch, width):
     part, module = branch.part, branch.module
     if width == part.width:
         return
+    if not 0 < width < part.width:
+        raise ValueError(f"{branch}: width {width} is not between 0 and {part.width}")
     if part.indivisible:
         raise ValueError(
             f"{branch}: width {width} of a {type(module).__name__}, which can only be kept at {part.width}"

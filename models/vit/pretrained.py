@@ -10,11 +10,11 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
+from models.vit import weights
 from models.vit.supernet import check_supported
-from utils import InputError, ModelError, first_line
+from utils import InputError, ModelError, SizeError, first_line, nearest
 
 # Short names for the networks of the paper and for the two small ones that the data sets at hand can train.
 ALIASES = {
@@ -49,12 +49,7 @@ class ModelSpec:
     def build(self, pretrained=False, **kwargs):
         """timm's model. Raises ModelError for an unknown name, a model that cannot be cut, or a size it cannot have."""
         timm_name, arguments = self.timm_call()
-        if not timm.is_model(timm_name):
-            raise ModelError(
-                f"{self.name}: neither one of {', '.join(ALIASES)} nor a timm name; timm.list_models('vit*') lists "
-                "those"
-            )
-        at_size = self.name if self.img_size is None else f"{self.name} at {self.img_size} pixels"
+        check_known(self.name)
         arguments = {"pretrained": pretrained, "num_classes": self.num_classes} | arguments | kwargs
         try:
             model = timm.create_model(timm_name, **arguments)
@@ -62,11 +57,13 @@ class ModelSpec:
             if pretrained:
                 raise
             self._check_supported_at_its_own_size()
-            raise ModelError(f"{at_size}: timm does not build it ({first_line(error)})") from None
+            if self.img_size is None:
+                raise ModelError(f"{self.name}: timm does not build it ({first_line(error)})") from None
+            raise SizeError(f"{self.img_size}: timm does not build {self.name} ({first_line(error)})") from None
         _check_supported(model, self.name)
         patch = model.patch_embed.feat_ratio(as_scalar=True)
         if self.img_size is not None and self.img_size % patch:
-            raise ModelError(f"{at_size}: not a multiple of the model's patches of {patch} pixels")
+            raise SizeError(f"{self.img_size}: not a multiple of the patches of {self.name}, {patch} pixels")
         return model
 
     def next_smaller(self):
@@ -82,6 +79,13 @@ class ModelSpec:
         timm_name, fixed = ALIASES.get(self.name, (self.name, {}))
         with torch.device("meta"):
             _check_supported(timm.create_model(timm_name, **fixed), self.name)
+
+
+def check_known(name):
+    """Raise ModelError unless ``name`` is an alias or a name of timm's."""
+    if name not in ALIASES and not timm.is_model(name):
+        close = nearest(name, [*ALIASES, *timm.list_models()])
+        raise ModelError(f"{name}: neither one of {', '.join(ALIASES)} nor a name of timm's{close}")
 
 
 def _check_supported(model, name):
@@ -113,7 +117,7 @@ def read_checkpoint(path):
         raise InputError(f"{path}: no such file; expected a checkpoint (.pth with a 'model' member, or .safetensors)")
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content, _ = weights.read_safetensors(path)
         else:
             _check_sums(path)
             # Published checkpoints hold their argparse.Namespace, which a weights-only load does not know by itself.
@@ -143,14 +147,27 @@ def read_checkpoint(path):
 
 
 def _state_dict(state, member, path):
-    """``state`` without the prefix of a wrapped model. Raises InputError if it is none."""
+    """``state`` without the prefixes of wrapped and of compiled models. Raises InputError if it is none."""
     if (
         not isinstance(state, dict)
         or not state
         or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
     ):
         raise InputError(f"{path}: no state dict found; expected a '{member}' member or a bare dict of tensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    for name, value in state.items():
+        if not _is_plain(value):
+            raise InputError(f"{path}: {name} is no plain tensor (sparse, nested, quantised, or without its values)")
+    plain = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
+    if len(plain) < len(state):
+        raise InputError(f"{path}: holds tensors with and without the prefix 'module.' or '_orig_mod.'")
+    return plain
+
+
+def _is_plain(tensor):
+    """Whether a tensor has all its values in memory, and not one that stands for a billion."""
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _check_sums(path):
@@ -177,7 +194,7 @@ def load_weights(model, state, source, replace_head=False):
     replace_head: leave a classifier of another size at its fresh initialisation. source: the name in errors. Returns
     a list of remarks for the user. Raises InputError if names or shapes do not fit, or a value is not finite.
     """
-    own, remarks = model.state_dict(), []
+    own, given, remarks = model.state_dict(), state, []
     # Weights that fit are left alone: timm's filters guess at older layouts, and a missing classifier misleads some.
     if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
         try:
@@ -199,12 +216,23 @@ def load_weights(model, state, source, replace_head=False):
     wrong += [f"{name} is unknown to the model" for name in state if name not in own]
     if wrong:
         more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
-        raise InputError(f"{source}: does not fit the model: {'; '.join(wrong[:2])}{more}")
-    bad = next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
-    if bad:
-        raise InputError(f"{source}: {bad} holds NaN or infinite values")
-    model.load_state_dict(state)
+        raise InputError(f"{source}: does not fit the model: {'; '.join(wrong[:2])}{more}{_owner(given)}")
+    try:
+        model.load_state_dict(weights.converted(state, own))
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from None
     return remarks
+
+
+def _owner(state):
+    """Of which alias the weights are, in words; nothing if of none."""
+    for name in ALIASES:
+        with torch.device("meta"):
+            own = ModelSpec(name, classes_of(state)).build().state_dict()
+        shapes, expected = ({n: v.shape for n, v in s.items() if n != "pos_embed"} for s in (state, own))
+        if shapes == expected:
+            return f"; these are weights of {name}"
+    return ""
 
 
 def _timms_filter(model):

@@ -13,18 +13,16 @@ The error that is left, in the metric G of the gradient at the branch's output, 
 e_j = |G^(1/2) (W F)_j|^2.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import nn
 
 import utils
 from models.vit.families import Transform, branch_in
 from models.vit.supernet import branches
+from models.vit.weights import as_safetensors, read_safetensors
 from models.wpac.bases import factorise
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import collect_statistics
@@ -162,6 +160,8 @@ def _fold_into(cut, branch, known):
     if norm is not None and kept < full.in_features:
         affine = (parameter[:kept].double() for parameter in (norm.weight, norm.bias))
         weight, bias = through_norm(weight, bias, factor[:kept, :kept], mean[:kept], *affine)
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise InputError("the compensation of these weights has no finite solution; cut without it")
     cut.weight.copy_(rearrange(weight, "c (d h) -> c (h d)", h=heads))
     cut.bias.copy_(bias)
 
@@ -209,16 +209,11 @@ def _embedding_of(network):
     return [(place, 1.0) for place in places if place is not None]
 
 
-def _digest(supernet):
-    """A fingerprint of the last Linear of every branch, which a compensation belongs to."""
-    digest = hashlib.sha256()
-    for branch in branches(supernet):
-        digest.update(branch.output.weight.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()
+def save_compensation(compensation, supernet, path, weights):
+    """Write 2L Compensation of ``supernet`` as safetensors, float32, complete or not at all. Main rank only.
 
-
-def save_compensation(compensation, supernet, path):
-    """Write 2L Compensation of ``supernet`` as safetensors, float32, complete or not at all. Main rank only."""
+    weights: the digest of the state dict that the compensation belongs to.
+    """
     if utils.is_main():
         tensors = {
             f"{branch}.{name}": value.float().cpu().contiguous()
@@ -228,23 +223,19 @@ def save_compensation(compensation, supernet, path):
         }
         with utils.atomic_file(path) as temporary:
             # Not save_file, which makes files that their owner alone can read.
-            temporary.write_bytes(to_safetensors(tensors, metadata={"weights": _digest(supernet)}))
+            temporary.write_bytes(as_safetensors(tensors, weights=weights))
 
 
-def load_compensation(path, supernet):
-    """Read what ``save_compensation`` wrote for ``supernet``, 2L Compensation.
+def load_compensation(path, supernet, weights):
+    """Read what ``save_compensation`` wrote for ``supernet`` and the digest ``weights``, 2L Compensation.
 
     Raises InputError if the file is not there, damaged, or was measured on other weights.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            owner = (file.metadata() or {}).get("weights")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; stage 1 writes it beside the weights") from None
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable compensation file ({error})") from None
-    if owner != _digest(supernet):
+        tensors, metadata = read_safetensors(path)
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable compensation file ({error}); stage 1 writes it") from None
+    if metadata.get("weights") != weights:
         raise InputError(
             f"{path}: measured on other weights than these; cut without compensation, or run stage 1 again"
         )
@@ -261,4 +252,6 @@ def _read_one(tensors, branch, path):
             raise InputError(f"{path}: member '{branch}.{name}' is missing; run stage 1 again")
         if tensor.shape != shape or not torch.isfinite(tensor).all():
             raise InputError(f"{path}: {branch}.{name} is not {shape} finite numbers; run stage 1 again")
+    if not branch.indivisible and not (tensors[f"{branch}.factor"].diagonal() > 0).all():
+        raise InputError(f"{path}: {branch}.factor has a diagonal that is not positive; run stage 1 again")
     return Compensation(**{name: tensors[f"{branch}.{name}"] for name in shapes})
