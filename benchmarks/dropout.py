@@ -53,6 +53,7 @@ OPTIONS = {
     "sandwich, in-place": ("balanced", "piad", {"always": ["largest", "smallest"], "teacher": "inplace"}),
     "soft teacher": ("balanced", "piad", {"teacher": "soft"}),
     "whole table from stage 1": ("balanced", "table", {}),
+    "whole table, greedy order": ("balanced greedy", "table", {}),
     "whole table, sampling by MACs": ("balanced", "table", {"sampling": "macs"}),
     "whole table, towards the ends": ("balanced", "table", {"sampling": "ends"}),
     "averaged start": ("balanced", "averaged", {}),
@@ -235,7 +236,7 @@ def measure(args, seed, name):
         handles = dropout.mask(supernet, bench.proxy, how == "weighted")
     with hooks(handles):
         spent = train(bench, supernet, dropout, args.lr, args.passes, teacher) if how else 0.0
-    table, known = dropout.table, compensation if "greedy" in start else None
+    table, known = dropout.table, compensation if "greedy" in start and not how else None
     if how in classes:
         table = layer_table(bench, supernet) if how == "layers" else even_table(bench)
     result = {"top1": [], "macs": [], "calibrated": [], "spent": spent, "steps": table.last}
