@@ -19,7 +19,9 @@ except ImportError:  # copied: the files lie beside each other
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 # What config.json may say to timm. Other arguments of timm's make it fetch or run something.
-MODEL_ARGS = {"img_size", "patch_size", "embed_dim", "depth", "num_heads"}
+MODEL_ARGS = {"img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", "window_size"}
+MODEL_ARGS |= {"qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "global_pool"}
+MODEL_ARGS |= {"rel_pos_type", "use_shared_rel_pos_bias"}
 PRETRAINED_CFG = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
 # Above every size of an image, a width or a number of classes that a network has.
 MOST = 2**20
@@ -69,7 +71,8 @@ def check_config(config, source):
     if missing:
         raise ValueError(f"{source}: not the config.json of a sub-network: it has no {', '.join(missing)}")
     try:
-        sizes = [config["num_classes"], *config["model_args"].values()]
+        values = [x for v in config["model_args"].values() for x in (v if isinstance(v, list) else [v])]
+        sizes = [config["num_classes"], *(v for v in values if not isinstance(v, bool | str))]
         sizes += [*config["widths"]["attn"], *config["widths"]["mlp"]]
         unknown = (config["model_args"].keys() - MODEL_ARGS) | (config["pretrained_cfg"].keys() - PRETRAINED_CFG)
         unknown |= set() if timm.is_model(config["architecture"]) else {config["architecture"]}
