@@ -166,8 +166,8 @@ def print_next(args, output):
         return
     print_once(f"wrote {weights}, {COMPENSATION_NAME}, {TABLE_NAME} and report.json; to cut and test without training:")
     options.print_command(args, "main_test.py", "--checkpoint", output)
-    if args.mlp_order == "greedy":
-        print_once("to train a super-network from here, use --mlp-order taylor: that order trains better")
+    print_once("and to train a super-network from here:")
+    options.print_command(args, "main_train.py", "--model", args.model, "--pretrained", weights)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ echo "== stage 1: reparameterise, and cut without training"
 $PYTHON main_reparam.py $DATA --pretrained $OUTPUT/pretrain/pretrained.pth --output-dir $OUTPUT/reparam
 $PYTHON main_test.py $DATA --checkpoint $OUTPUT/reparam $LADDER --output-dir $OUTPUT/test/reparam
 echo "== stage 2: train the super-network"
-$PYTHON main_reparam.py $DATA --pretrained $OUTPUT/pretrain/pretrained.pth --mlp-order taylor --output-dir $OUTPUT/start
-$PYTHON main_train.py $DATA $RECIPE --pretrained $OUTPUT/start/reparamed.pth --epochs 60 --grow-epochs 20 --lr 8e-3 \
+$PYTHON main_train.py $DATA $RECIPE --pretrained $OUTPUT/reparam/reparamed.pth --epochs 60 --grow-epochs 20 --lr 8e-3 \
     --eval-period 20 --output-dir $OUTPUT/supernet
 echo "== stage 3: sub-networks of the same widths, from the original, the reparameterised and the trained weights"
-for weights in pretrain/pretrained.pth start/reparamed.pth supernet; do
+for weights in pretrain/pretrained.pth reparam/reparamed.pth supernet; do
     $PYTHON main_test.py $DATA --no-compensation --checkpoint $OUTPUT/$weights --mask-table $OUTPUT/supernet/mask_table.json $LADDER \
-        --output-dir $OUTPUT/test/$(dirname $weights/x | cut -d/ -f1)
+        --output-dir $OUTPUT/test/plain/${weights%%/*}
 done
 echo "== stage 4: fine-tune one sub-network"
 $PYTHON main_finetune_peeled.py $DATA $RECIPE --checkpoint $OUTPUT/supernet --macs-ratio 0.1667 --epochs 10 --lr 1e-3 --warmup-epochs 0 \
@@ -33,5 +32,5 @@ $PYTHON main_finetune_peeled.py $DATA $RECIPE --checkpoint $OUTPUT/supernet --ma
 $PYTHON main_test.py --data-set DIGITS --device cpu --num-workers 0 --checkpoint $OUTPUT/finetune --output-dir $OUTPUT/test/finetune
 echo "== accuracy against MACs"
 $PYTHON tools/plot_accuracy.py $OUTPUT/accuracy.png --title "scikit-learn digits: sub-networks of one ViT" \
-    "original weights, truncated=$OUTPUT/test/pretrain" "stage 1, truncated: the same widths=$OUTPUT/test/start" \
-    "stage 1, compensated: its own widths=$OUTPUT/test/reparam" "stage 2, trained super-network=$OUTPUT/test/supernet"
+    "original weights, truncated=$OUTPUT/test/plain/pretrain" "stage 1, truncated: the same widths=$OUTPUT/test/plain/reparam" \
+    "stage 1, compensated: its own widths=$OUTPUT/test/reparam" "stage 2, trained super-network=$OUTPUT/test/plain/supernet"

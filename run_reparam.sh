@@ -1,6 +1,6 @@
 #!/bin/sh
-# Stage 1 on ImageNet, as the start of stage 2: 1024 proxy images. To cut sub-networks without training instead:
-# sh run_reparam.sh --mlp-order greedy. Every variable can be set from outside, e.g.
+# Stage 1 on ImageNet, to cut sub-networks at once or as the start of stage 2: 1024 proxy images. Every variable can be
+# set from outside, e.g.
 #   MODELS=vit_small DATA=/datasets/imagenet GPUS=4 sh run_reparam.sh
 set -e
 cd "$(dirname "$0")"
@@ -15,6 +15,6 @@ for model in $MODELS; do
     # DeiT's weights: a downloaded file in output/pretrained/ if there is one, else timm's hub.
     file=$OUTPUT/pretrained/$model.pth
     $PYTHON -m torch.distributed.run --standalone --nproc-per-node=$GPUS main_reparam.py --model $model \
-        --data-path $DATA --basis $BASIS --proxy-samples 1024 --mlp-order taylor --output-dir $OUTPUT/reparam/$model \
+        --data-path $DATA --basis $BASIS --proxy-samples 1024 --output-dir $OUTPUT/reparam/$model \
         $([ -f $file ] && echo --pretrained $file) "$@"
 done

@@ -53,7 +53,9 @@ def get_args():
 def stored(path, make):
     """What ``make`` returns, read from ``path`` if it has been made before."""
     if not path.is_file():
-        utils.save_torch(make(), path)
+        made = make()
+        with utils.atomic_file(path) as temporary:
+            torch.save(made, temporary)
     return torch.load(path, weights_only=False)
 
 

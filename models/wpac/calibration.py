@@ -13,15 +13,16 @@ import utils
 from models.vit.families import Transform, branch_in, leading
 from models.vit.supernet import Replay, at_widths, block_inputs, branches, frozen, full_widths, hooks, swapped
 
-# Strength of the pull towards the weights before the refit, relative to the mean square of the inputs.
-RIDGE = 1e-3
+# Strength of the pull towards the weights before the refit, relative to the mean square of the inputs. With less, and
+# with tokens weighted by |dC/dx|^2, which a few of them carry alone, a refit on 64 images did harm (docs/stage1.md).
+RIDGE = 0.1
 
 
 @dataclass
 class _Batch:
     """One batch on its way through both networks. teacher, student: the residual stream before the present block, of
     the full and of the truncated network. contexts: {path of a block: what it is called with besides that stream,
-    (arguments, keyword arguments)}. weights: {str(branch): |dC/dx|^2 of the residual stream after it}."""
+    (arguments, keyword arguments)}. weights: {str(branch): |dC/dx| of the residual stream after it}."""
 
     images: torch.Tensor
     contexts: dict
@@ -35,7 +36,7 @@ def calibrate(subnet, supernet, batches, objective):
 
     Both are put into eval mode. batches: list of (images, labels, positions), this rank's share; they are kept on the
     device with their activations, so a few hundred images are meant. objective: of ``statistics``, gives the token
-    weights |dC/dx|^2. Returns ``subnet``.
+    weights |dC/dx|. Returns ``subnet``.
     """
     supernet.eval(), subnet.eval()
     with at_widths(supernet, full_widths(supernet)):
@@ -72,12 +73,12 @@ def _calibrate_block(subnet, supernet, pair, state):
 
 
 def token_weights(supernet, batch, objective):
-    """{str(branch): |dC/dx|^2, [B, ...], of the residual stream after it}, in the full network."""
+    """{str(branch): |dC/dx|, [B, ...], of the residual stream after it}, in the full network."""
     found, handles, device = {}, [], next(supernet.parameters()).device
 
     def watch(name):
         def hook(_module, _inputs, output):
-            output.register_hook(lambda gradient: found.update({name: gradient.float().square().sum(-1)}))
+            output.register_hook(lambda gradient: found.update({name: gradient.float().norm(dim=-1)}))
 
         return hook
 
