@@ -426,7 +426,8 @@ class ImageLoader:
 
     def __iter__(self):
         self.bad, self.seen = {}, 0
-        for batch, bad in utils.progress(self.loader, self.title) if self.title else self.loader:
+        loader, images = self.loader, self.loader.batch_size * utils.world_size()
+        for batch, bad in utils.progress(loader, self.title, images=images) if self.title else loader:
             if bad and not self.skip:
                 raise InputError(f"{_in_words(bad[0])}; --skip-bad-images goes on without such images")
             self.bad |= {image.name: image for image in bad}

@@ -30,15 +30,16 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
         loader: batches of this rank, from where the epoch stands.
         teacher: Distillation or None.
         draw: function of the global step that returns the sub-networks it trains, a list of Widths.
-    Returns {'train_loss': mean over ranks, 'train_lr': last rate}, and 'train_skipped' updates if there are any. All
-    ranks together raise FloatingPointError on a non-finite loss before the optimiser sees it, and utils.Interrupted
-    after a signal.
+    Returns {'train_loss': mean over ranks, 'train_lr': last rate, 'images_per_s': of all ranks}, and 'train_skipped'
+    updates if there are any. All ranks together raise FloatingPointError on a non-finite loss before the optimiser sees
+    it, and utils.Interrupted after a signal.
     """
     args, device = run.args, run.device
     run.parallel.train()
     if run.epoch != epoch:
         run.begin_epoch(epoch)
-    batches = iter(utils.progress(loader, f"epoch {epoch}", run.updates * args.accum_iter, stoppable=False))
+    before, watch, together = run.images_done(), utils.Stopwatch(device), args.batch_size * utils.world_size()
+    batches = iter(utils.progress(loader, f"epoch {epoch}", run.updates * args.accum_iter, False, together))
     for index in range(run.updates, run.updates_per_epoch):
         step, loss = epoch * run.updates_per_epoch + index, 0.0
         subnets = draw(step) if draw else [None]
@@ -62,6 +63,7 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
             run.save_mid_epoch()
     report_bad_images(loader, f"epoch {epoch}")
     figures = {"train_loss": run.mean_loss(), "train_lr": run.optimizer.param_groups[0]["lr"]}
+    figures["images_per_s"] = round((run.images_done() - before) * utils.world_size() / watch.seconds(), 1)
     return figures | ({"train_skipped": run.skipped} if run.skipped else {})
 
 
@@ -106,14 +108,14 @@ def _backward(run, subnets, images, labels, criterion, teacher, synchronise):
 
 @torch.inference_mode()
 def evaluate(model, loader, device, amp="none"):
-    """Evaluate a network at its present widths, on ``device``.
+    """Evaluate a network at its present widths, on ``device``. loader: of batches (images, labels, ...).
 
     Every rank sees its share of the loader once; the sums are added up exactly. Returns {'loss': mean cross-entropy,
     'top1', 'top5': per cent, 'images', 'images_per_s'}.
     """
     model.eval()
     sums, seconds = torch.zeros(4, dtype=torch.float64, device=device), 0.0
-    for images, labels, _ in loader:
+    for images, labels, *_ in loader:
         images, labels = images.to(device), labels.to(device)
         watch = utils.Stopwatch(device)
         with utils.autocast(device, amp):

@@ -17,8 +17,10 @@ from models.vit.pretrained import ModelSpec, default_num_classes, load_pretraine
 from models.vit.supernet import as_supernet, branches
 from models.vit.weights import digest
 from models.wpac.compensation import COMPENSATION_NAME, compensation_of, save_compensation
+from models.wpac.density import densities
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES, collect_statistics
+from report import DENSITY_NAME, density, save_figure
 from utils import InputError, print_once
 
 # The options that report.json repeats: they say how the weights were made.
@@ -76,6 +78,7 @@ def main(args):
     print_once(f"measuring {args.model} on {args.proxy_samples} images ({args.objective} objective)")
     objective = OBJECTIVES[args.objective]
     statistics = collect_statistics(supernet, proxy, objective, hidden=args.compensation, amp=args.amp)
+    print_once("rewriting the weights")
     rewrites = reparameterise(supernet, statistics, args.basis, args.mlp_order, untouched)
     difference = full_width_difference(original, supernet, proxy, device)
     print_once(f"full-width logits differ by {difference:.1e} (tolerance {TOLERANCE:.0e})")
@@ -96,6 +99,8 @@ def main(args):
         table.save(output / TABLE_NAME)
         report["errors"] = {str(b): c.errors.tolist() for b, c in zip(branches(supernet), compensation, strict=True)}
         print_concentration(branches(supernet), report["errors"])
+        picture = density(densities(supernet, statistics, rewrites))
+        save_figure(picture, output / DENSITY_NAME, f"{spec.name}, --basis {args.basis}")
     utils.save_text(json.dumps(report, indent=1), output / "report.json")
     print_next(args, output)
 
@@ -164,7 +169,8 @@ def print_next(args, output):
         print_once(f"wrote {weights} and report.json; next:")
         options.print_command(args, "main_train.py", "--model", args.model, "--pretrained", weights)
         return
-    print_once(f"wrote {weights}, {COMPENSATION_NAME}, {TABLE_NAME} and report.json; to cut and test without training:")
+    names = f"{COMPENSATION_NAME}, {TABLE_NAME}, {DENSITY_NAME} and report.json"
+    print_once(f"wrote {weights}, {names}; to cut and test without training:")
     options.print_command(args, "main_test.py", "--checkpoint", output)
     print_once("and to train a super-network from here:")
     options.print_command(args, "main_train.py", "--model", args.model, "--pretrained", weights)

@@ -1,5 +1,6 @@
 """Stage 3: cut sub-networks of any size out of a super-network, evaluate them, and write a table and files of them."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,9 +11,8 @@ import utils
 from engine import evaluate
 from models.subnet import export
 from models.subnet.budget import Budget
-from models.subnet.store import subnet_config
 from models.vit.cost import MATMULS
-from options import add_budget_options, benchmark, budgets, choose, cut, load, print_command, stage_parser
+from options import add_budget_options, benchmark, budgets, choose, command, cut, load, print_command, stage_parser
 from utils import InputError, print_once
 
 # Without a budget: these shares of the full network's MACs, as in the paper's figures.
@@ -35,6 +35,8 @@ def get_args(argv=None):
     )
     add("--benchmark", action="store_true", help="measure latency and images/s in turns")
     add("--plot", action="store_true", help="draw costs, kept widths and where the knowledge lies")
+    words = "write page.html, a slider over all sizes, with these results laid over it (needs plotly)"
+    add("--page", nargs="*", metavar="LABEL=FOLDER", help=words)
     return parser.parse_args(argv)
 
 
@@ -42,8 +44,10 @@ def main(args):
     device = utils.start_up(args)
     check_export(args)
     loaded = load(args)
-    if args.plot and loaded.one_size:
-        raise InputError(f"--plot draws a super-network: {loaded.source} is one sub-network")
+    if loaded.one_size and (args.plot or args.page is not None):
+        flag = "--plot" if args.plot else "--page"
+        raise InputError(f"{flag} draws a super-network: {loaded.source} is one sub-network")
+    others = [report.read(text) for text in args.page or ()]
     output = utils.output_folder(args.output_dir or Path("output/test") / loaded.spec.name)
     saved = Path(args.save) if args.save else output / "saved" if args.export else None
     test = test_images(args, loaded)
@@ -54,15 +58,25 @@ def main(args):
     )
     if args.plot and utils.is_main():
         print_once(f"drew {', '.join(report.draw_all(rows, loaded, output))}")
+    flags = ["--model", loaded.spec.name, "--checkpoint", loaded.source]
+    flags += ["--mask-table", args.mask_table] if args.mask_table else []
+    if args.page is not None and utils.is_main():
+        import page  # plotly is there only if wanted
+
+        def cutting(step):
+            return command(args, "main_test.py", *flags, "--op-code", step, "--save", f"{loaded.spec.name}_{step}")
+
+        page.write(rows, loaded, cutting, others, output / "page.html")
+        print_once(f"wrote {output / 'page.html'}")
     if not loaded.one_size:
-        table = ["--mask-table", args.mask_table] if args.mask_table else []
         print_once("to fine-tune one of them:")
-        flags = ["--model", loaded.spec.name, "--checkpoint", loaded.source, *table, "--macs-ratio", 0.5]
-        print_command(args, "main_finetune_peeled.py", *flags)
+        print_command(args, "main_finetune_peeled.py", *flags, "--macs-ratio", 0.5)
 
 
 def check_export(args):
-    """Raise InputError if packages that --export needs are not installed, or if ranks would export alike."""
+    """Raise InputError if packages that --export or --page needs are not installed, or if ranks would export alike."""
+    if args.page is not None and not find_spec("plotly"):
+        raise InputError("--page needs plotly: pip install plotly")
     missing = export.missing_packages(args.export)
     if missing:
         words = " ".join(missing)
@@ -76,7 +90,7 @@ def test_images(args, loaded):
     classes = loaded.spec.num_classes
     if not classes:
         raise InputError(
-            "the checkpoint has no classifier to test; models.subnet.store.load_supernet(...).cut(widths) cuts it"
+            "the checkpoint has no classifier to test; models.subnet.load_supernet(...).cut(macs_ratio=0.5) cuts it"
         )
     images = datasets.load_images(args, train=False)
     own = datasets.count_classes(images)
@@ -127,8 +141,8 @@ def test_one(loaded, widths, test, args, device, about, folder):
         figures["images_per_s"] = 1e3 * args.latency_batch_size / about["latency_ms"]
     rows = [about | costs | figures]
     if folder:
-        config = subnet_config(subnet, loaded.spec, widths, loaded.costs, args.eval_crop_ratio)
-        for name, difference in export.save(subnet, config | {"origin": about}, folder, args.export).items():
+        files = loaded.save(folder, widths, args.export, network=subnet, crop_ratio=args.eval_crop_ratio, origin=about)
+        for name, difference in files.items():
             compared = (
                 "" if difference is None else f": largest difference from PyTorch {difference:.1e} of the largest logit"
             )

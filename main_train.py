@@ -3,6 +3,8 @@
 import copy
 from pathlib import Path
 
+import torch
+
 import datasets
 import options
 import utils
@@ -62,9 +64,17 @@ def main(args):
                 figures |= accuracies | {"steps": dropout.table.last}
                 # While the list grows, its smallest network is not yet small: only what comes after can be compared.
                 score = mean if dropout.complete else None
+            if run.board:
+                run.board.add_histogram("drawn_macs", drawn_macs(run, dropout, epoch), epoch)
             run.finish_epoch(figures, score)
     print_once(f"{run.outcome()[0]}; next:")
     options.print_command(args, "main_test.py", "--checkpoint", output)
+
+
+def drawn_macs(run, dropout, epoch):
+    """MACs of every sub-network that this rank has trained in ``epoch``, a tensor."""
+    steps = range(epoch * run.updates_per_epoch, (epoch + 1) * run.updates_per_epoch)
+    return torch.tensor([dropout.costs.macs(widths) for step in steps for widths in dropout.draw(step)])
 
 
 def evaluate_ends(run, table, loader):

@@ -3,6 +3,7 @@
 import math
 import shlex
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -79,10 +80,14 @@ def required_model(args):
         raise InputError(f"--model is required: {MODEL_HELP}")
 
 
-def print_command(args, script, *flags):
-    """Print the command that starts another stage with ``flags`` on the same data, quoted as a shell reads it."""
+def command(args, script, *flags):
+    """The command that starts another stage with ``flags`` on the same data, quoted as a shell reads it."""
     words = ["python", script, *flags, "--data-set", args.data_set, "--data-path", args.data_path]
-    print_once(f"  {shlex.join(map(str, words))}")
+    return shlex.join(map(str, words))
+
+
+def print_command(args, script, *flags):
+    print_once(f"  {command(args, script, *flags)}")
 
 
 # ------------------------------------------------------------------------------------------ what may be cut
@@ -178,6 +183,7 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     add("--save-every-steps", type=non_negative_int, default=0, help="updates between checkpoints within an epoch")
     add("--skip-nonfinite", type=non_negative_int, default=0, help="updates to leave out for a loss that is not finite")
     add("--eval-period", type=positive_int, default=1, help="epochs between two evaluations")
+    add("--tensorboard", action="store_true", help="write what the log has for TensorBoard too, into --output-dir")
     parser.checks.append(check_training)
 
 
@@ -185,6 +191,8 @@ def check_training(args):
     """Raise InputError if the training options contradict each other, or name what timm does not have."""
     if args.nb_classes == 0:
         raise InputError("--nb-classes 0: training needs a classifier; give the number of classes, or leave it out")
+    if args.tensorboard and not find_spec("tensorboard"):
+        raise InputError("--tensorboard needs tensorboard: pip install tensorboard")
     if args.warmup_epochs > args.epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.min_lr > args.lr:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,11 +11,12 @@ from matplotlib import colors
 from matplotlib.figure import Figure
 
 from models.vit.supernet import branches
-from utils import atomic_file, print_once, print_table, save_text, with_unit
+from utils import InputError, atomic_file, is_main, parse_json, print_once, save_text, table_text, with_unit
 
 TITLES = {"attn": "attention", "mlp": "MLP"}
 COLUMNS = ("asked", "step", "macs", "macs_with_attention_matmuls", "parameters", "top1", "top5", "latency_ms")
 COLUMNS += ("images_per_s",)
+DENSITY_NAME = "density.png"
 
 
 def show(rows):
@@ -29,7 +31,7 @@ def show(rows):
         ])  # fmt: skip
     if not any(row["latency_ms"] for row in rows):
         lines = [[*line[:7], line[8]] for line in lines]
-    print_table(lines)
+    print_once(table_text(lines))
 
 
 def write(results, folder):
@@ -37,6 +39,21 @@ def write(results, folder):
     save_text(json.dumps(results, indent=1), folder / "results.json")
     save_text(as_csv(results["rows"]), folder / "results.csv")
     print_once(f"wrote {folder / 'results.json'} and results.csv")
+
+
+def labelled(text, name):
+    """(label, path of the file ``name``) of the words LABEL=FOLDER. Raises InputError if there is no such file."""
+    label, equals, folder = text.partition("=")
+    path = Path(folder) / name
+    if not equals or not path.is_file():
+        raise InputError(f"{text}: expected LABEL=FOLDER, a folder with {name} in it")
+    return label, path
+
+
+def read(text):
+    """(label, rows) of the results.json that the words LABEL=FOLDER name."""
+    label, path = labelled(text, "results.json")
+    return label, parse_json(path.read_text(), path)["rows"]
 
 
 def as_csv(rows):
@@ -54,10 +71,16 @@ def draw_all(rows, loaded, folder):
     """
     figures = {"ladder.png": ladder(rows), "widths.png": widths_map(loaded.table), "knowledge.png": knowledge(loaded)}
     for name, figure in figures.items():
-        figure.suptitle(f"{loaded.spec.name}, {loaded.source}", fontsize=9)
-        with atomic_file(folder / name) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
+        save_figure(figure, folder / name, f"{loaded.spec.name}, {loaded.source}")
     return [str(folder / name) for name in figures]
+
+
+def save_figure(figure, path, title):
+    """Write a picture as PNG, complete or not at all. Main rank only."""
+    if is_main():
+        figure.suptitle(title, fontsize=9)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
 
 
 def ladder(rows):
@@ -138,3 +161,21 @@ def importance(branch, known):
         heads_of_v = slice(-branch.part.heads, None) if branch.name == "attn" else slice(None)
         energy = energy * entries[heads_of_v]
     return energy.sum(0).cpu().numpy()
+
+
+def density(found):
+    """Two maps, before and after stage 1, of Density ``found``: the share of the expected loss (colour) that the first
+    dimensions hold. Rows: of every block the heads, q and k together, and the MLP."""
+    figure, grid = Figure(figsize=(8, 6), layout="constrained"), np.linspace(0, 1, 65)
+    sizes = [len(one.before) for one in found]
+    starts, labels = np.cumsum([0, *sizes[:-1]]) - 0.5, [one.branch.removeprefix("blocks.") for one in found]
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, when in zip(panels, ("before", "after"), strict=True):
+        curves = [row for one in found for row in getattr(one, when).cpu().numpy()]
+        held = [np.interp(grid, np.linspace(0, 1, len(curve)), curve) for curve in curves]
+        image = axes.imshow(held, aspect="auto", vmin=0, vmax=1, extent=(0, 1, len(held) - 0.5, -0.5), cmap="viridis")
+        axes.set(title=f"{when} stage 1", xlabel="first dimensions, share of the width")
+        axes.set_yticks(starts, labels)
+        axes.hlines(starts, 0, 1, color="white", linewidth=0.5)
+    figure.colorbar(image, ax=panels, label="share of the expected loss that they hold")
+    return figure

@@ -50,7 +50,7 @@ class TrainingRun:
         self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.max_accuracy, self.skipped = 0.0, 0
-        self.resumed = self.written = None
+        self.resumed = self.written = self.board = None
         self.begin_epoch(0)
         # A sub-network without a branch leaves that branch's parameters out of the backward pass.
         self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
@@ -84,6 +84,7 @@ class TrainingRun:
 
     def epochs(self):
         """The epochs that are left; the first may be under way."""
+        self.begun = utils.Stopwatch(self.device), self.epoch
         for epoch in range(self.epoch, self.args.epochs):
             self.watch = utils.Stopwatch(self.device)
             yield epoch
@@ -103,11 +104,24 @@ class TrainingRun:
         """
         best = score is not None and score > self.max_accuracy
         self.max_accuracy = score if best else self.max_accuracy
-        record = {"epoch": self.epoch} | figures | {"seconds": round(self.watch.seconds(), 1)}
+        record = {"epoch": self.epoch} | figures | self._clock()
         utils.append_json_line(record, self.output / LOG_NAME)
+        if self.board:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, self.epoch)
+            self.board.flush()
         print_once(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}))
         self.scheduler.step(self.epoch + 1)
         self._save_epoch(best)
+
+    def _clock(self):
+        """Figures of the epoch that is under way which are not the same in every run."""
+        watch, first = self.begun
+        done, left = self.epoch + 1 - first, self.args.epochs - self.epoch - 1
+        minutes, megabytes = watch.seconds() / done * left / 60, utils.peak_memory_mb(self.device)
+        return {
+            "seconds": round(self.watch.seconds(), 1), "minutes_left": round(minutes, 1), "peak_memory_mb": megabytes
+        }  # fmt: skip
 
     @contextmanager
     def files(self, output, more=dict):
@@ -116,6 +130,10 @@ class TrainingRun:
         more: function without arguments that returns further members of a checkpoint.
         """
         self.output, self.more = output, more
+        if self.args.tensorboard and utils.is_main():
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by others
+
+            self.board = SummaryWriter(output, purge_step=self.epoch)
         utils.catch_signals()
         trim_log(output / LOG_NAME, self.epoch)
         try:

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -183,12 +184,11 @@ def with_unit(value):
     return f"{value:.0f}"
 
 
-def print_table(lines):
-    """Print rows of words in columns, the first to the left and the others to the right."""
+def table_text(lines):
+    """Rows of words in columns, the first to the left and the others to the right."""
     lengths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for first, *others in lines:
-        words = [word.rjust(length) for word, length in zip(others, lengths[1:], strict=True)]
-        print_once("  ".join([first.ljust(lengths[0]), *words]))
+    rows = [[line[0].ljust(lengths[0]), *map(str.rjust, line[1:], lengths[1:])] for line in lines]
+    return "\n".join("  ".join(row) for row in rows)
 
 
 # In the environment: what ends a stage is a traceback again.
@@ -248,17 +248,29 @@ def stopping():
     return bool(_signals)
 
 
-def progress(batches, title, done=0, stoppable=True):
-    """Go through ``batches`` with a progress bar on the main rank.
+# Where there is no terminal, seconds from one line about work under way to the next.
+SECONDS_BETWEEN_LINES = 30
+
+
+def progress(batches, title, done=0, stoppable=True, images=0):
+    """Go through ``batches`` with a progress bar on the main rank, or without a terminal a line now and then.
 
     done: batches that went before. stoppable: whether a signal raises Interrupted here. Training says no: it finishes
-    a step first, on all ranks together.
+    a step first, on all ranks together. images: in a batch of all ranks, for the line.
     """
     disable = None if is_main() else True
-    for batch in tqdm(batches, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done):
+    bar = tqdm(batches, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done)
+    started, said = time.perf_counter(), 0
+    for count, batch in enumerate(bar, 1):
         if stoppable and stopping():
             raise Interrupted
         yield batch
+        seconds = time.perf_counter() - started
+        if bar.disable and seconds > said + SECONDS_BETWEEN_LINES:
+            said, total = seconds, len(batches)
+            rate = f", {count * images / seconds:.0f} images/s" if images else ""
+            left = tqdm.format_interval((total - done - count) * seconds / count)
+            print_once(f"{title}: {done + count} of {total} batches{rate}, {left} left")
 
 
 def restore_signals(_worker=None):
@@ -558,6 +570,13 @@ class Stopwatch:
 
     def seconds(self):
         return self._now() - self.start
+
+
+def peak_memory_mb(device):
+    """The most memory that this process has had so far: of the GPU's, what tensors took; else resident memory."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
 def machine_name(device):

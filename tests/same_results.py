@@ -9,11 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from runs import assert_equal
+from runs import CLOCK, assert_equal
 
 from models.vit.pretrained import read_checkpoint
 
-CLOCK = ("seconds", "images_per_s", "latency_ms")
 STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "position", "mask_table")
 
 

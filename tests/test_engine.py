@@ -24,7 +24,7 @@ def training_args(**changes):
     args = Namespace(
         lr=1e-2, unscale_lr=True, batch_size=8, accum_iter=1, opt="momentum", weight_decay=0.0, sched="cosine",
         epochs=2, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=0, model_ema=False, model_ema_decay=0.9, amp="none",
-        clip_grad=None, seed=0, keep_last=1, save_every_steps=0, skip_nonfinite=0,
+        clip_grad=None, seed=0, keep_last=1, save_every_steps=0, skip_nonfinite=0, tensorboard=False,
     )  # fmt: skip
     vars(args).update(changes)
     return args

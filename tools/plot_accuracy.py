@@ -1,7 +1,6 @@
 """Draw accuracy against MACs of several main_test.py runs over one ladder, and print the table behind the chart."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from report import read
 from utils import InputError, atomic_file, run_stage, with_unit
 
 
@@ -21,14 +21,6 @@ def get_args():
     parser.add_argument("curves", nargs="+", help="LABEL=FOLDER, the --output-dir of a main_test.py run")
     parser.add_argument("--title", default="Accuracy against cost")
     return parser.parse_args()
-
-
-def load_curve(text):
-    label, equals, folder = text.partition("=")
-    path = Path(folder) / "results.json"
-    if not equals or not path.is_file():
-        raise InputError(f"{text}: expected LABEL=FOLDER with the results.json of a main_test.py run in it")
-    return label, json.loads(path.read_text())["rows"]
 
 
 def draw(curves, title, path):
@@ -44,7 +36,7 @@ def draw(curves, title, path):
 
 
 def main(args):
-    curves = [load_curve(text) for text in args.curves]
+    curves = [read(text) for text in args.curves]
     asked = [[row["asked"] for row in rows] for _, rows in curves]
     if any(a != asked[0] for a in asked):
         raise InputError("the runs do not share one ladder: give all of them the same budgets")

@@ -1,10 +1,12 @@
 """A budget, and the sub-network of a width table that it obtains."""
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 from models.vit.widths import BRANCH_NAMES, Widths
-from utils import InputError, with_unit
+from utils import InputError, quantity, table_text, with_unit
 
 # A budget this little above the full network still asks for the full network: printed figures are rounded.
 BUDGET_SLACK = 1.005
@@ -43,6 +45,17 @@ class Budget:
     def folder(self):
         """A name for the files of what it obtains: macs_8.44G, macs_ratio_0.5."""
         return str(self).replace(" ", "_", 1).replace(" ", "")
+
+    @classmethod
+    def of(cls, **asked):
+        """The Budget of one keyword argument, macs_ratio=0.5 or params="10M". Raises InputError if it is none."""
+        if len(asked) != 1:
+            raise InputError(f"give one budget of {', '.join(BUDGET_KINDS)}")
+        ((kind, value),) = asked.items()
+        try:
+            return cls(kind, quantity(value) if isinstance(value, str) else value)
+        except ArgumentTypeError as error:
+            raise InputError(f"{kind} {error}") from None
 
     def choose(self, table, costs, finer=False):
         """The largest sub-network of ``table`` within this budget, a Choice. costs: Costs.
@@ -90,3 +103,22 @@ def widen(table, step, cost, limit, indivisible):
                 present = wider
                 break
     return Widths.from_flat(present)
+
+
+class Size(NamedTuple):
+    """What one step of a width table costs. macs: in the paper's convention."""
+
+    op_code: int
+    macs: int
+    macs_ratio: float
+    params: int
+
+
+class Sizes(list):
+    """The Size of every step, which prints as a table of a dozen of them."""
+
+    def __repr__(self):
+        gaps = min(len(self), 12) - 1
+        rows = [self[round(i * (len(self) - 1) / max(gaps, 1))] for i in range(gaps + 1)]
+        lines = [[str(s.op_code), with_unit(s.macs), f"{s.macs_ratio:.3f}", with_unit(s.params)] for s in rows]
+        return table_text([list(Size._fields), *lines])

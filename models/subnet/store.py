@@ -10,11 +10,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from models.piad.width_table import TABLE_NAME, WidthTable
-from models.subnet import load
+from models.subnet import export, load
+from models.subnet.budget import Budget, Size, Sizes
 from models.subnet.extract import extract
+from models.subnet.latency import LatencyTable
 from models.vit.cost import MATMULS, Costs
 from models.vit.families import OWN_MODULES, narrow
 from models.vit.pretrained import ALIASES, ModelSpec, classes_of, image_shape, load_weights, read_checkpoint
@@ -28,9 +31,12 @@ WEIGHTS_NAME = "reparamed.pth"
 _NUMBERED = re.compile(r"checkpoint_(\d+)\.pth")
 
 
-@dataclass
+@dataclass(repr=False)
 class SuperNetwork:
     """A super-network as it is loaded: the module, how it was built, its width table and its costs.
+
+    What takes ``widths`` (Widths) takes a budget in their place, one of macs_ratio=0.5, macs="8.44G", params="10M" and
+    op_code=160 (a step of the table), and then the largest sub-network within it.
 
     weights: their digest. compensation: 2L Compensation, if what is cut is to be compensated. one_size: it is a
     sub-network already, so that ``supernet`` is a stock network and the table has one step.
@@ -45,14 +51,52 @@ class SuperNetwork:
     compensation: list | None = None
     one_size: bool = False
 
+    def __repr__(self):
+        how = "compensated" if self.compensation else "as plain slices"
+        return f"<SuperNetwork {self.spec.name} of {self.source}: {len(self.table.steps)} sizes, cut {how}>"
+
+    def budgets(self):
+        """What each step of the table costs, Sizes."""
+        macs = [self.costs.macs(widths) for widths in self.table.steps]
+        params = map(self.costs.parameters, self.table.steps)
+        return Sizes(Size(i, m, m / macs[0], p) for i, (m, p) in enumerate(zip(macs, params, strict=True)))
+
+    def widths(self, **budget):
+        """The Widths that a budget obtains. Raises InputError with the reachable range."""
+        return Budget.of(**budget).choose(self.table, self.costs).widths
+
     def slice(self, widths):
         """The stand-alone network of ``widths``, cut as it is."""
         return copy.deepcopy(self.supernet) if self.one_size else extract(self.supernet, widths)
 
-    def cut(self, widths):
+    def cut(self, widths=None, **budget):
         """The stand-alone network of ``widths``, compensated if there is something to do it with."""
-        subnet = self.slice(widths)
+        subnet = self.slice(widths or self.widths(**budget))
         return compensate(subnet, self.supernet, self.compensation) if self.compensation else subnet
+
+    def use(self, widths=None, **budget):
+        """Switch the live super-network to ``widths``, until it is switched again. Nothing is copied: it computes what
+        a plain slice does, without compensation. Returns the network, in eval mode."""
+        widths = widths or self.widths(**budget)
+        if not self.one_size:
+            set_widths(self.supernet, widths)
+        return self.supernet.eval()
+
+    def latency_ms(self, widths=None, device="cpu", batch_size=1, amp="none", **budget):
+        """Median milliseconds per batch at ``widths``, measured now and kept beside the checkpoint."""
+        latencies = LatencyTable.beside(self, torch.device(device), batch_size, amp)
+        return latencies.measure([widths or self.widths(**budget)])[0]
+
+    def save(self, folder, widths=None, formats=(), *, network=None, crop_ratio=0.875, origin=None, **budget):
+        """Write a sub-network to ``folder``, as ``export.save`` does and returns it.
+
+        network: what ``cut`` made of ``widths``, if it is there already. crop_ratio: centre crop / resized image at
+        evaluation. origin: plain values that say where it comes from.
+        """
+        widths = widths or self.widths(**budget)
+        network = network or self.cut(widths)
+        config = subnet_config(network, self.spec, widths, self.costs, crop_ratio)
+        return export.save(network, config | {"origin": origin or {"checkpoint": str(self.source)}}, folder, formats)
 
 
 def numbered_checkpoints(folder):
