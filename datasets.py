@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, Mixup, create_dataset, create_transform
+from timm.data import ImageDataset, ImageNetInfo, Mixup, create_dataset, create_transform, infer_imagenet_subset
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset, default_collate
@@ -152,7 +152,11 @@ def _with_split(cls):
 # name: (function (folder, whether to train) -> data set, number of classes unless the data set knows it, what is
 # expected in the folder)
 DATA_SETS = {
-    "IMNET": (_image_folder, None, "train/<class>/, a folder of images for each class, and val/<class>/"),
+    "IMNET": (
+        _image_folder,
+        None,
+        f"train/<class>/, a folder of images ({', '.join(tv.folder.IMG_EXTENSIONS)}) for each class, and val/<class>/",
+    ),
     "CIFAR10": (lambda root, train: tv.CIFAR10(root, train=train), 10, "cifar-10-batches-py/"),
     "CIFAR": (lambda root, train: tv.CIFAR100(root, train=train), 100, "cifar-100-python/"),
     "FLOWERS": (_with_split(tv.Flowers102), 102, "flowers-102/"),
@@ -222,6 +226,29 @@ def count_classes(dataset):
         return dataset.num_classes
     names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     return len(names) if names else None
+
+
+def class_names(dataset):
+    """The names of a data set's classes in the order of its labels, or None if it does not say."""
+    return list(getattr(dataset, "classes", None) or []) or None
+
+
+def relabel(images, classes, flag, names=None):
+    """Give the images of a data set, in place, the labels that a classifier of ``classes`` classes has for them.
+
+    names: of all classes, in the order of the classifier (default: ImageNet's wnids, if there are as many). Raises
+    InputError, which begins with ``flag``, if there are no names, or if they do not have all of the data set's.
+    """
+    own, subset = class_names(images), infer_imagenet_subset({"num_classes": classes})
+    names = names or (ImageNetInfo(subset).label_names() if subset else [])
+    missing = sorted({*(own or ["?"])} - {*names})
+    if len(names) != classes or missing:
+        one = f", and none of these is '{missing[0]}'" if names and own and missing else ""
+        raise InputError(
+            f"{flag} has {count_classes(images)} classes, the checkpoint {classes}{one}; if they are some of these, "
+            "--class-map FILE says which: their folders' names, a line for each class of the checkpoint"
+        )
+    images.target_transform, images.num_classes = [names.index(name) for name in own].__getitem__, classes
 
 
 def check_classes(images, classes, flag):

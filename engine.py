@@ -2,7 +2,12 @@
 
 from contextlib import nullcontext
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import accuracy
 from torch import nn
@@ -129,3 +134,35 @@ def evaluate(model, loader, device, amp="none"):
     rate = utils.all_reduce_sum(torch.tensor(sums[3].item() / max(seconds, 1e-9), dtype=torch.float64, device=device))
     loss, top1, top5, n = utils.all_reduce_sum(sums).tolist()
     return {"loss": loss / n, "top1": top1 / n, "top5": top5 / n, "images": int(n), "images_per_s": rate.item()}
+
+
+@torch.inference_mode()
+def features(model, loader, device, amp="none"):
+    """(what a network gives out [N, D] float32, labels [N]) over a loader and all ranks, as NumPy arrays."""
+    model.eval()
+    columns = []
+    for images, labels, _ in loader:
+        with utils.autocast(device, amp):
+            columns.append((model(images.to(device)).float().cpu(), labels))
+    own = [torch.cat(column).numpy() for column in zip(*columns, strict=True)]
+    return [np.concatenate(parts) for parts in zip(*utils.gather(own), strict=True)]
+
+
+def probe(model, train, test, device, amp, kind):
+    """``evaluate`` a network without a classifier by one that is fitted to its features of the loader ``train``.
+
+    kind: 'knn', the 20 nearest by cosine, weighted by it, or 'linear', logistic regression on standardised features.
+    Returns {'probe': kind, 'top1', 'top5': per cent, 'images'}, and None for 'loss' and 'images_per_s'.
+    """
+    (known, their_labels), (asked, labels) = (features(model, loader, device, amp) for loader in (train, test))
+
+    def hits():
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        if kind == "knn":
+            classifier = KNeighborsClassifier(min(20, len(known)), weights="distance", metric="cosine")
+        scores = classifier.fit(known, their_labels).predict_proba(asked)
+        found = classifier.classes_[np.argsort(-scores, axis=1, kind="stable")[:, :5]] == labels[:, None]
+        return 100 * found[:, 0].mean().item(), 100 * found.any(1).mean().item()
+
+    top1, top5 = utils.from_main(hits)
+    return {"probe": kind, "loss": None, "top1": top1, "top5": top5, "images": len(labels), "images_per_s": None}

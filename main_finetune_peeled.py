@@ -77,6 +77,7 @@ def fit_classifier(subnet, spec, images):
     if classes != spec.num_classes:
         print_once(f"note: the classifier has {spec.num_classes} classes: replaced by a new one for {classes}")
         subnet.reset_classifier(classes)
+    subnet.pretrained_cfg["label_names"] = datasets.class_names(images)
     return replace(spec, num_classes=classes)
 
 

@@ -118,7 +118,7 @@ def build_model(args):
         datasets.check_classes(images, classes, f"--nb-classes {args.nb_classes}")
     spec = ModelSpec(args.model, classes, args.input_size)
     if not args.pretrained:
-        print_once(f"fetching the published weights of {args.model}, unless they are here already")
+        options.say_what_is_fetched(args.model, "--model")
     with utils.name_flag("--model", "--pretrained"):
         model, remarks = load_pretrained(spec, args.pretrained)
     for remark in remarks:

@@ -8,11 +8,22 @@ import torch
 import datasets
 import report
 import utils
-from engine import evaluate
+from engine import evaluate, probe
 from models.subnet import export
 from models.subnet.budget import Budget
 from models.vit.cost import MATMULS
-from options import add_budget_options, benchmark, budgets, choose, command, cut, load, print_command, stage_parser
+from options import (
+    add_budget_options,
+    benchmark,
+    budgets,
+    choose,
+    command,
+    cut,
+    is_file,
+    load,
+    print_command,
+    stage_parser,
+)
 from utils import InputError, print_once
 
 # Without a budget: these shares of the full network's MACs, as in the paper's figures.
@@ -24,7 +35,7 @@ def get_args(argv=None):
     add_budget_options(parser, several=True)
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", help="folder of results.json and results.csv (default: output/test/<model>)")
-    add("--save", metavar="DIR", help="write what is cut: model.safetensors, config.json")
+    add("--save", metavar="DIR", help="write what is cut: model.safetensors, config.json, README.md")
     add(
         "--export",
         nargs="+",
@@ -33,7 +44,11 @@ def get_args(argv=None):
         help="also as ONNX, torch.export or int8 ONNX (which needs the first), into --save (default: "
         "<output-dir>/saved)",
     )
-    add("--benchmark", action="store_true", help="measure latency and images/s in turns")
+    add("--benchmark", action="store_true", help="measure latency and images/s in turns, of ONNX exports too")
+    words = "names of the checkpoint's classes, a line each, if the data set has some of them (default: ImageNet's)"
+    add("--class-map", metavar="FILE", help=words)
+    words = "without a classifier: fit nearest neighbours or logistic regression to the features of the training images"
+    add("--probe", choices=["knn", "linear"], help=words)
     add("--plot", action="store_true", help="draw costs, kept widths and where the knowledge lies")
     words = "write page.html, a slider over all sizes, with these results laid over it (needs plotly)"
     add("--page", nargs="*", metavar="LABEL=FOLDER", help=words)
@@ -50,14 +65,17 @@ def main(args):
     others = [report.read(text) for text in args.page or ()]
     output = utils.output_folder(args.output_dir or Path("output/test") / loaded.spec.name)
     saved = Path(args.save) if args.save else output / "saved" if args.export else None
-    test = test_images(args, loaded)
+    test = make_test(args, loaded)
     rows = test_all(loaded, test, args, device, saved and utils.output_folder(saved, "--save"))
+    results = {"checkpoint": str(loaded.source), "model": loaded.spec.name, "data_set": args.data_set, "rows": rows}
+    if args.benchmark:
+        report.write(results, output)  # what was tested is not lost if a network is too large to be timed
+        benchmark(loaded, rows, args, device)
     report.show(rows)
-    report.write(
-        {"checkpoint": str(loaded.source), "model": loaded.spec.name, "data_set": args.data_set, "rows": rows}, output
-    )
+    report.write(results, output)
+    print_once(f"wrote {output / 'results.json'} and results.csv")
     if args.plot and utils.is_main():
-        print_once(f"drew {', '.join(report.draw_all(rows, loaded, output))}")
+        print_once(f"drew {', '.join(report.draw_all(results, loaded, output))}")
     flags = ["--model", loaded.spec.name, "--checkpoint", loaded.source]
     flags += ["--mask-table", args.mask_table] if args.mask_table else []
     if args.page is not None and utils.is_main():
@@ -83,26 +101,37 @@ def check_export(args):
         raise InputError(f"--export {' '.join(args.export)} needs {', '.join(missing)}: pip install {words}")
     if args.export and utils.world_size() > 1:
         raise InputError("--export runs in one process: start it without torchrun")
+    if args.benchmark and is_file(args):
+        raise InputError(f"--benchmark measures: --latency-device {args.latency_device} must be cpu or cuda")
 
 
-def test_images(args, loaded):
-    """The loader of the test set, checked against the classifier."""
-    classes = loaded.spec.num_classes
-    if not classes:
-        raise InputError(
-            "the checkpoint has no classifier to test; models.subnet.load_supernet(...).cut(macs_ratio=0.5) cuts it"
-        )
+def make_test(args, loaded):
+    """The function (network, device) -> figures of its accuracy, on the test set; without any if there is no classifier
+    and no probe of the features. Raises InputError if the data set is not that of the classifier."""
+    classes, transform = loaded.spec.num_classes, datasets.eval_transform(args, datasets.data_config(loaded.supernet))
+    if args.probe and classes:
+        raise InputError(f"--probe {args.probe}: {loaded.source} has a classifier, which is tested itself")
+    if not classes and not args.probe:
+        print_once("no classifier: costs alone (--probe knn classifies the features by those of training images)")
+        return lambda network, device: dict.fromkeys(("loss", "top1", "top5", "images_per_s"))
     images = datasets.load_images(args, train=False)
-    own = datasets.count_classes(images)
-    if own and own != classes:
-        raise InputError(f"--data-set {args.data_set} has {own} classes, the checkpoint {classes}")
-    return datasets.eval_loader(images, datasets.eval_transform(args, datasets.data_config(loaded.supernet)), args)
+    loader = datasets.eval_loader(images, transform, args)
+    if args.probe:
+        train = datasets.eval_loader(datasets.load_images(args, train=True), transform, args)
+        return lambda network, device: probe(network, train, loader, device, args.amp, args.probe)
+    own, names = datasets.count_classes(images), None
+    if args.class_map:
+        names = utils.read_text(args.class_map, "expected the name of a class in every line").splitlines()
+    if names or own not in (None, classes):
+        datasets.relabel(images, classes, f"--data-set {args.data_set}", names)
+    loaded.supernet.pretrained_cfg["label_names"] = names or datasets.class_names(images)
+    return lambda network, device: evaluate(network, loader, device, args.amp)
 
 
 def test_all(loaded, test, args, device, saved):
     """The rows of the table: one for every budget and one for its int8 export, each on an extracted network.
 
-    A sub-network has one row. saved: the folder that the sub-networks are written to, if any.
+    A sub-network has one row. test: of ``make_test``. saved: the folder that the sub-networks are written to, if any.
     """
     asked, origin = budgets(args) or DEFAULT_LADDER, {"checkpoint": str(loaded.source)}
     if loaded.one_size:
@@ -113,7 +142,6 @@ def test_all(loaded, test, args, device, saved):
     if saved and len(set(folders)) < len(asked):
         raise InputError("--save: two budgets would be written to one folder; ask for each of them once")
     choices = choose(loaded, asked, args, device)
-    choices = benchmark(loaded, choices, args, device) if args.benchmark else choices
     if loaded.compensation:
         print_once("compensating by the file beside the weights (--no-compensation for plain slices)")
     rows = []
@@ -135,22 +163,32 @@ def test_one(loaded, widths, test, args, device, about, folder):
         "macs_with_attention_matmuls": loaded.costs.macs(widths, MATMULS),
         "parameters": sum(p.numel() for p in subnet.parameters()),
         "widths": widths.as_dict(),
+        "file": None,
     }
-    figures = evaluate(subnet.to(device), test, device, args.amp)
+    figures = test(subnet.to(device), device)
     if about["latency_ms"]:
         figures["images_per_s"] = 1e3 * args.latency_batch_size / about["latency_ms"]
     rows = [about | costs | figures]
     if folder:
-        files = loaded.save(folder, widths, args.export, network=subnet, crop_ratio=args.eval_crop_ratio, origin=about)
+        measured = {name: figures[name] for name in ("top1", "top5", "images", "probe") if figures.get(name)}
+        origin = about | {"data_set": args.data_set} | measured
+        files = loaded.save(folder, widths, args.export, network=subnet, crop_ratio=args.eval_crop_ratio, origin=origin)
         for name, difference in files.items():
             compared = (
                 "" if difference is None else f": largest difference from PyTorch {difference:.1e} of the largest logit"
             )
             print_once(f"wrote {folder / name}{compared}")
-        if "int8" in args.export:
-            figures = evaluate(export.OnnxNetwork(folder / export.INT8_NAME), test, torch.device("cpu"))
-            rows.append(about | {"asked": f"{about['asked']}, int8", "latency_ms": None} | costs | figures)
+        rows += [exported_row(rows[0], name, folder, test, args) for name in ("onnx", "int8") if name in args.export]
     return rows
+
+
+def exported_row(row, name, folder, test, args):
+    """The ``row`` of a sub-network for its export to ONNX (as accurate, and so not tested again) or to int8."""
+    file = folder / {"onnx": export.ONNX_NAME, "int8": export.INT8_NAME}[name]
+    untimed = {"asked": f"{row['asked']}, {name}", "file": str(file), "latency_ms": None}
+    figures = test(export.OnnxNetwork(file), torch.device("cpu")) if name == "int8" else {}
+    # On other batches than a latency: only --benchmark times both alike.
+    return row | figures | untimed | ({"images_per_s": None} if row["latency_ms"] or name == "onnx" else {})
 
 
 if __name__ == "__main__":

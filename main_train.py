@@ -12,7 +12,7 @@ from engine import evaluate, make_criterion, train_one_epoch
 from models.piad.distillation import Distillation, load_teacher
 from models.piad.dropout import DropoutList, Growth
 from models.piad.width_table import TABLE_NAME, WidthTable
-from models.subnet.store import WEIGHTS_NAME
+from models.subnet.store import WEIGHTS_NAME, newest_checkpoint
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec, classes_of, load_weights, read_checkpoint
 from models.vit.supernet import as_supernet, set_widths
@@ -98,6 +98,7 @@ def build(args, device):
     """(super-network with its starting weights, its ModelSpec, training images, teacher or None)."""
     options.required_model(args)
     path = Path(args.pretrained or f"output/reparam/{args.model}/{WEIGHTS_NAME}")
+    path = newest_checkpoint(path) if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
@@ -130,6 +131,8 @@ def make_teacher(args, model, remarks):
             raise InputError("--distillation-type inplace: its targets are the full network's; add --always largest")
         return Distillation(kind, alpha, tau)
     if args.teacher_model:
+        if not args.teacher_path:
+            options.say_what_is_fetched(args.teacher_model, "--teacher-model")
         with utils.name_flag("--teacher-model", "--teacher-path"):
             teacher = load_teacher(args.teacher_model, model.num_classes, args.teacher_path)
         return Distillation(kind, alpha, tau, teacher, datasets.between_models(model, teacher))

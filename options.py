@@ -2,10 +2,10 @@
 
 import math
 import shlex
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import timm
 import torch
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2
@@ -16,10 +16,11 @@ import utils
 from models.piad.dropout import check_reachable
 from models.piad.importance import Units
 from models.piad.width_table import TABLE_NAME
-from models.subnet import store
+from models.subnet import export, store
 from models.subnet.budget import BUDGET_KINDS, Budget
 from models.subnet.latency import REPEATS, WARM_UP, LatencyTable
 from models.vit.cost import Costs
+from models.vit.pretrained import ALIASES, OWN_SHAPES
 from models.vit.supernet import as_supernet, branches, full_widths
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
@@ -72,6 +73,17 @@ def stage_parser(description):
 def switch_off(add, name, help):
     """The flag --no-<name>, which sets the option <name>, True without it, to False."""
     add(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=help)
+
+
+def say_what_is_fetched(name, flag):
+    """Print which published weights of a model are fetched, and from where."""
+    cfg = timm.get_pretrained_cfg(ALIASES.get(name, (name, {}))[0])
+    source = cfg and (f"the hub's {cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url)
+    if source and name not in OWN_SHAPES:
+        print_once(
+            f"{flag}: fetching the published weights of {name}, {source}, unless they are here already; without a "
+            "network the hub's client gives up after half a minute"
+        )
 
 
 def required_model(args):
@@ -266,8 +278,8 @@ def add_budget_options(parser, several):
     words = "refit each sub-network block by block on N training images; labels are not used"
     add("--calibrate", type=positive_int, metavar="N", help=words)
     add("--op-code", type=interval("[-1, 1e9]", int), nargs=nargs, help="step of the width table")
-    add("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G, the paper's convention")
-    add("--macs-ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5")
+    add("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G or '46.53 M', in the paper's convention")
+    add("--macs-ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5 or 50%%")
     add("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")
     add("--latency-ms", type=quantity, nargs=nargs, help="milliseconds per batch, measured on this device")
     add("--latency-device", help="cpu, cuda, or a latency_*.json that --benchmark wrote elsewhere (default: --device)")
@@ -313,7 +325,7 @@ def choose(loaded, asked, args, device):
     """The Choice of every Budget: computed, or for a 'latency_ms' one measured on ``--latency-device``."""
     latencies = None
     if any(budget.kind == "latency_ms" for budget in asked):
-        latencies = LatencyTable.load(args.latency_device) if _is_file(args) else latency_table(loaded, args, device)
+        latencies = LatencyTable.load(args.latency_device) if is_file(args) else latency_table(loaded, args, device)
     choices = [
         latencies.choose(budget, loaded.table)
         if budget.kind == "latency_ms"
@@ -337,12 +349,16 @@ def note_smaller_model(loaded, choices):
             print_once(f"note: {words} in place of {loaded.spec.name} (docs/results.md)")
 
 
-def benchmark(loaded, choices, args, device):
-    """The same Choices with their latencies, measured in turns."""
-    if _is_file(args):
-        raise InputError(f"--benchmark measures: --latency-device {args.latency_device} must be cpu or cuda")
-    milliseconds = latency_table(loaded, args, device).measure([choice.widths for choice in choices])
-    return [replace(choice, latency_ms=ms) for choice, ms in zip(choices, milliseconds, strict=True)]
+def benchmark(loaded, rows, args, device):
+    """Put milliseconds per batch, measured in turns, and images/s into all rows of results: of PyTorch, and of ONNX
+    Runtime for those with a ``file``, if it is on the CPU that is measured."""
+    latencies = latency_table(loaded, args, device)
+    plain = [row for row in rows if not row["file"]]
+    onnx = [row for row in rows if row["file"]] if latencies.device.type == "cpu" else []
+    widths = [Widths.from_dict(row["widths"]) for row in plain]
+    milliseconds = latencies.measure(widths, [export.OnnxNetwork(row["file"]) for row in onnx])
+    for row, ms in zip([*plain, *onnx], milliseconds, strict=True):
+        row |= {"latency_ms": ms, "images_per_s": 1e3 * args.latency_batch_size / ms}
 
 
 def latency_table(loaded, args, device):
@@ -354,7 +370,8 @@ def latency_table(loaded, args, device):
     return latencies
 
 
-def _is_file(args):
+def is_file(args):
+    """Whether ``--latency-device`` is a file of measurements."""
     return (args.latency_device or "").endswith(".json")
 
 

@@ -20,25 +20,24 @@ DENSITY_NAME = "density.png"
 
 
 def show(rows):
-    """The table as a user reads it; milliseconds where they have been measured."""
-    lines = [["asked", "step", "MACs", "with matmuls", "parameters", "top-1", "top-5", "ms", "images/s"]]
+    """The table as a user reads it, without the columns that no row has a figure for."""
+    top = ["top-1", "top-5"] if not rows[0].get("probe") else [f"{k} ({rows[0]['probe']})" for k in ("top-1", "top-5")]
+    lines = [["asked", "step", "MACs", "with matmuls", "parameters", *top, "ms", "images/s"]]
     for row in rows:
+        figures = ((row["top1"], ".2f"), (row["top5"], ".2f"), (row["latency_ms"], ".2f"), (row["images_per_s"], ".0f"))
         lines.append([
             row["asked"], "-" if row["step"] is None else f"{row['step']}{'+' * row['finer']}", with_unit(row["macs"]),
             with_unit(row["macs_with_attention_matmuls"]), with_unit(row["parameters"]),
-            f"{row['top1']:.2f}", f"{row['top5']:.2f}",
-            f"{row['latency_ms']:.2f}" if row["latency_ms"] else "-", f"{row['images_per_s']:.0f}",
+            *("-" if value is None else format(value, digits) for value, digits in figures),
         ])  # fmt: skip
-    if not any(row["latency_ms"] for row in rows):
-        lines = [[*line[:7], line[8]] for line in lines]
-    print_once(table_text(lines))
+    empty = [all(word == "-" for word in column) for column in zip(*lines[1:], strict=True)]
+    print_once(table_text([[word for word, gone in zip(line, empty, strict=True) if not gone] for line in lines]))
 
 
 def write(results, folder):
     """results.json, and the rows of ``results`` as results.csv."""
     save_text(json.dumps(results, indent=1), folder / "results.json")
     save_text(as_csv(results["rows"]), folder / "results.csv")
-    print_once(f"wrote {folder / 'results.json'} and results.csv")
 
 
 def labelled(text, name):
@@ -64,14 +63,16 @@ def as_csv(rows):
     return text.getvalue()
 
 
-def draw_all(rows, loaded, folder):
-    """Draw ladder.png from the rows of a results table, widths.png and knowledge.png from a SuperNetwork.
+def draw_all(results, loaded, folder):
+    """Draw ladder.png from the results that ``write`` takes, widths.png and knowledge.png from a SuperNetwork.
 
     Returns their names.
     """
-    figures = {"ladder.png": ladder(rows), "widths.png": widths_map(loaded.table), "knowledge.png": knowledge(loaded)}
+    rows, title = results["rows"], f"{loaded.spec.name}, {loaded.source}"
+    tested = f"{results['data_set']}, {rows[0]['images']} images\n" if rows[0].get("images") else ""
+    figures = {"ladder.png": ladder(rows), "widths.png": widths_map(loaded), "knowledge.png": knowledge(loaded)}
     for name, figure in figures.items():
-        save_figure(figure, folder / name, f"{loaded.spec.name}, {loaded.source}")
+        save_figure(figure, folder / name, tested * (name == "ladder.png") + title)
     return [str(folder / name) for name in figures]
 
 
@@ -84,62 +85,65 @@ def save_figure(figure, path, title):
 
 
 def ladder(rows):
-    """Accuracy, parameters and, if measured, latency against MACs."""
-    series = [("top1", "top-1 accuracy, %", 1), ("parameters", "parameters, millions", 1e6)]
-    if any(row["latency_ms"] for row in rows):
-        series.append(("latency_ms", "latency, ms per batch", 1))
+    """Accuracy, parameters and latency, those that the rows have, against MACs."""
+    by = f" ({rows[0]['probe']} on the features)" if rows[0].get("probe") else ""
+    series = {"top1": (f"top-1 accuracy, %{by}", 1), "parameters": ("parameters, millions", 1e6)}
+    series["latency_ms"] = ("latency, ms per batch", 1)
+    series = {key: about for key, about in series.items() if any(row[key] is not None for row in rows)}
     figure = Figure(figsize=(4.2 * len(series), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(series))
-    for axes, (key, label, unit) in zip(panels, series, strict=True):
-        for quantised, style in ((False, "o-"), (True, "s--")):
-            points = sorted(
-                (row["macs"] / 1e6, row[key] / unit)
-                for row in rows
-                if row[key] is not None and row["asked"].endswith("int8") == quantised
-            )
-            if quantised and key != "top1":
-                continue  # as many MACs and parameters as in float32, and not measured
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label="int8" if quantised else "float32")
+    for axes, (key, (label, unit)) in zip(
+        figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True
+    ):
+        for kind, style in (("float32", "o-"), ("onnx", "^:"), ("int8", "s--")):
+            of_kind = [row for row in rows if (row["asked"].rpartition(", ")[2] if row["file"] else "float32") == kind]
+            points = sorted((row["macs"] / 1e6, row[key] / unit) for row in of_kind if row[key] is not None)
+            # An export has as many MACs and parameters, and in float32 the same accuracy.
+            if points and (kind == "float32" or key == "latency_ms" or (kind, key) == ("int8", "top1")):
+                axes.plot(*zip(*points, strict=True), style, label=kind)
         axes.set(xlabel="MACs, millions (paper's convention)", ylabel=label)
         axes.set_xlim(left=0)
         if key != "top1":
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    if len(panels[0].lines) > 1:
-        panels[0].legend()
+        if len(axes.lines) > 1:
+            axes.legend()
     return figure
 
 
-def widths_map(table):
-    """Two maps, attention and MLP: the kept share of every block (rows) at every step of the table (columns)."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def widths_map(loaded):
+    """Two maps, attention and MLP: the share of every block's width (rows) that a budget of so many MACs keeps."""
+    figure, table = Figure(figsize=(8, 5), layout="constrained"), loaded.table
+    macs = np.array([loaded.costs.macs(widths) for widths in table.steps]) / 1e6
+    edges = np.append(macs[::-1], macs[0] * 1.01)  # what is obtained between a step's MACs and those of the step before
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (name, title) in zip(panels, TITLES.items(), strict=True):
-        kept = np.array([getattr(widths, name) for widths in table.steps], dtype=float).T  # [L, steps]
-        image = axes.imshow(
-            kept / kept[:, :1], aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest", origin="upper"
-        )
+        kept = np.array([getattr(widths, name) for widths in table.steps[::-1]], dtype=float).T  # [L, steps]
+        rows = np.arange(len(kept) + 1) - 0.5
+        image = axes.pcolormesh(edges, rows, kept / kept[:, -1:], vmin=0, vmax=1, cmap="viridis")
         axes.set(ylabel=f"block, {title}", yticks=range(len(kept)))
-    panels[-1].set_xlabel("step of the width table (0 is the full network)")
+        axes.invert_yaxis()
+    panels[-1].set_xlabel("budget in MACs, millions (paper's convention)")
     figure.colorbar(image, ax=panels, label="kept share of the width")
     return figure
 
 
 def knowledge(loaded):
     """Two maps, attention and MLP: the share of a block's importance (rows) that its dimensions or hidden units beyond
-    the kept ones hold, against the kept share of the width (columns). Dark early: it can be cut well."""
+    the kept ones hold, against the kept share of the width (columns), of MLPs on a logarithmic axis. Dark early: it can
+    be cut well."""
     own, figure = branches(loaded.supernet), Figure(figsize=(8, 5), layout="constrained")
-    known = loaded.compensation or [None] * len(own)
-    for axes, (name, title) in zip(figure.subplots(2, 1, sharex=True), TITLES.items(), strict=True):
+    known, norm = loaded.compensation or [None] * len(own), colors.LogNorm(1e-4, 1)
+    for axes, (name, title) in zip(figure.subplots(2, 1), TITLES.items(), strict=True):
         rows = [importance(*pair) for pair in zip(own, known, strict=True) if pair[0].name == name]
+        most = max(map(len, rows))
+        edges = np.linspace(0, 1, 65) if name == "attn" else np.geomspace(1 / most, 1, 65)
         lost = np.ones((len(rows), 64))
         for row, values in zip(lost, rows, strict=True):
             tail = 1 - np.concatenate(([0], np.cumsum(values) / values.sum()))
-            row[:] = tail[np.linspace(0, len(values), len(row), endpoint=False).astype(int)]
-        extent, norm = (0, 1, len(rows) - 0.5, -0.5), colors.LogNorm(1e-4, 1)
-        image = axes.imshow(lost.clip(1e-4), aspect="auto", norm=norm, cmap="magma", extent=extent)
-        axes.set(ylabel=f"block, {title}", yticks=range(len(rows)))
+            row[:] = tail[(edges[:-1] * len(values) + 1e-9).astype(int)]
+        image = axes.pcolormesh(edges, np.arange(len(rows) + 1) - 0.5, lost.clip(1e-4), norm=norm, cmap="magma")
+        axes.set(ylabel=f"block, {title}", yticks=range(len(rows)), xscale="linear" if name == "attn" else "log")
+        axes.invert_yaxis()
     axes.set_xlabel("kept share of the width")
     how = "measured on the proxy set" if loaded.compensation else "from the weights"
     figure.colorbar(image, ax=figure.axes, label=f"share of the importance that is lost\n({how})")

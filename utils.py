@@ -106,7 +106,9 @@ class StageParser(argparse.ArgumentParser):
         self.checks = []
 
     def parse_args(self, args=None, namespace=None):
-        parsed = super().parse_args(args, namespace)
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._instead_of(unknown[0].partition('=')[0])}")
         try:
             for check in self.checks:
                 check(parsed)
@@ -117,9 +119,30 @@ class StageParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, printable(f"error: {message}; --help explains every flag\n"))
 
+    def _instead_of(self, flag):
+        """What an unknown ``flag`` may stand for, in words."""
+        if flag in OFFICIAL_FLAGS:
+            return f"; {flag} of the paper's code is {OFFICIAL_FLAGS[flag]} here"
+        return nearest(flag, [option for action in self._actions for option in action.option_strings])
+
     def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([dashed(word) for word in words], namespace)
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            if words and word in UNITS and re.fullmatch(r"[\d.]+", words[-1]):  # 46.53 M, as tables print it
+                words[-1] += word
+            else:
+                words.append(dashed(word))
+        return super().parse_known_args(words, namespace)
+
+
+# Flags of the paper's own code, and the flag, stage or launcher that does the same here.
+OFFICIAL_FLAGS = {
+    "--training-peelable": "main_train.py", "--training-peeled": "main_finetune_peeled.py",
+    "--reparameterization": "main_reparam.py", "--eval": "main_test.py", "--peelable-resume": "--checkpoint",
+    "--mask-table-path": "--mask-table", "--transformed-weight": "--pretrained", "--finetune": "--pretrained",
+    "--target-reduction-ratio": "--drop-ratio", "--progressive-epochs": "--grow-epochs", "--start-epoch": "--resume",
+    "--world-size": "torchrun", "--dist-url": "torchrun", "--dist-eval": "always done",
+}  # fmt: skip
 
 
 def dashed(word):
@@ -130,7 +153,16 @@ def dashed(word):
     return name.replace("_", "-") + equals + value
 
 
-def interval(bounds, kind=float):
+UNITS = {"K": "e3", "M": "e6", "G": "e9", "T": "e12", "%": "e-2"}
+
+
+def number(text):
+    """A number as users and our tables write it: 8.44G, 46.53 M, 8.44GMac, 50%, 1e-3. Raises ValueError."""
+    found = re.fullmatch(r"\s*(.*?)\s*([KMGT%]?)\s*(macs?)?\s*", text, re.IGNORECASE)
+    return float(found[1] + UNITS.get(found[2].upper(), ""))
+
+
+def interval(bounds, kind=number):
     """argparse type: a number of ``kind`` within ``bounds``, written as in mathematics: '[0, 1)', '(0, inf)'."""
     low, high = (float(bound) for bound in bounds[1:-1].split(","))
     noun = "an integer" if kind is int else "a number"
@@ -157,11 +189,9 @@ probability = interval("[0, 1]")
 
 
 def quantity(text):
-    """argparse type: a number with an optional unit, ``8.44G``, ``40M`` or ``12000``."""
-    exponents = {"K": "e3", "M": "e6", "G": "e9", "T": "e12"}
-    unit = exponents.get(text[-1:].upper())
+    """argparse type: a positive number with an optional unit, ``8.44G``, ``46.53 M`` or ``12000``."""
     try:
-        value = float(text[:-1] + unit if unit else text)
+        value = number(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8.44G, 40M or 12000") from None
     if not 0 < value < float("inf"):

@@ -194,6 +194,7 @@ def folder(tmp_path_factory):
         make_compensation(Path("net/compensation.safetensors"))
         make_folders()
         Path("file").touch()
+        Path("ten.txt").write_text("\n".join(["cat", *"abcdefghi"]))
         Path("nothing").mkdir()
         yield folder
     finally:
@@ -253,13 +254,28 @@ def test_a_row_of_the_document(command, line, folder, monkeypatch, capfd):
     assert not Path("it-ran").exists(), "the pickle ran"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_with_a_type_or_choices_refuses_nonsense(script, monkeypatch, capsys):
+def parser_of(script):
     parsers = []
-    monkeypatch.setattr(utils.StageParser, "parse_args", lambda self, argv=None: parsers.append(self))
-    module_of(script).get_args([])
-    flags = [a.option_strings[0] for a in parsers[0]._actions if (a.type or a.choices) and a.type is not Path]
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.StageParser, "parse_args", lambda self, argv=None: parsers.append(self))
+        module_of(script).get_args([])
+    return parsers[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_says_what_it_does_and_its_default(script):
+    parser = parser_of(script)
+    assert len(re.search(r"usage: .*?\n\n", parser.format_help(), re.DOTALL)[0].splitlines()) == 2
+    for action in parser._actions:
+        words = parser._get_formatter()._expand_help(action) if action.help else ""
+        assert len(words) > 5, action.option_strings
+        if action.nargs != 0 and action.default not in (None, []):
+            assert "(default: " in words, action.option_strings
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_with_a_type_or_choices_refuses_nonsense(script, capsys):
+    flags = [a.option_strings[0] for a in parser_of(script)._actions if (a.type or a.choices) and a.type is not Path]
     for flag in flags:
         with pytest.raises(SystemExit) as stop:
             module_of(script).get_args([flag, "nonsense"])

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import datasets
+from models.subnet.store import newest_checkpoint
 from models.vit.pretrained import ModelSpec, load_pretrained, load_weights, read_checkpoint
 from models.vit.weights import as_safetensors
 from utils import InputError
@@ -130,6 +131,38 @@ def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
     loader = datasets.eval_loader(dataset, datasets.eval_transform(shared_args, config), shared_args)
     images, labels, _ = next(iter(loader))
     assert images.shape == (3, 3, 16, 16) and labels.tolist() == [0, 1, 2]
+
+
+def images_in(root, *names):
+    """An image folder with one image in each class."""
+    for split in ("train", "val"):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            Image.new("L", (9, 9)).save(root / split / name / "0.png")
+    return root
+
+
+def test_some_of_imagenet_s_classes_get_its_labels_by_their_names_or_by_a_map(shared_args, tmp_path):
+    args = named(shared_args, "IMNET", images_in(tmp_path / "some", "n01443537", "n15075141"))
+    images = datasets.load_images(args, train=False)
+    datasets.relabel(images, 1000, "here")
+    assert [label for _, label in images] == [1, 999] and datasets.count_classes(images) == 1000
+    args = named(shared_args, "IMNET", images_in(tmp_path / "own", "cat", "dog"))
+    images = datasets.load_images(args, train=False)
+    datasets.relabel(images, 3, "here", ["dog", "eel", "cat"])
+    assert [label for _, label in images] == [2, 0]
+    for classes, names, message in (
+        (1000, None, "none of these is 'cat'; .*--class-map"), (3, None, "the checkpoint 3; .*--class-map"),
+        (3, ["cat", "dog"], "the checkpoint 3; .*--class-map"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"^here has 2 classes, .*{message}"):
+            datasets.relabel(datasets.load_images(args, train=False), classes, "here", names)
+
+
+def test_a_folder_of_the_paper_s_code_is_understood(tmp_path):
+    for name in ("model.safetensors", "reparamed_proxySize=1024.pth", "checkpoint.pth", "checkpoint_9.pth"):
+        (tmp_path / name).touch()
+        assert newest_checkpoint(tmp_path) == tmp_path / name
 
 
 @pytest.mark.parametrize(

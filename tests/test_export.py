@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 
 import pytest
+import timm
 import torch
 from conftest import random_images
 from safetensors import safe_open
@@ -28,6 +29,7 @@ from utils import InputError
 
 SPEC = ModelSpec("vit_digits", 10, 24)
 WIDTHS = Widths((16, 8, 0, 0), (256, 0, 8, 0))
+FILES = ["README.md", "config.json", "model.safetensors"]
 
 
 def random_supernet(spec=SPEC):
@@ -98,17 +100,52 @@ def test_timm_resolves_the_transform_that_it_was_tested_with(size, tmp_path, sha
     assert torch.equal(create_transform(**config)(image), ours(image))
 
 
-def test_the_loader_works_without_this_repository(tmp_path):
+@pytest.mark.parametrize(("place", "module"), [(".", "loader"), ("theirs", "theirs.loader")])
+def test_the_loader_works_without_this_repository(place, module, tmp_path):
+    """Three files, beside a script or inside a package of another project."""
     subnet, _ = saved(tmp_path / "net")
-    shutil.copy(load.__file__, tmp_path / "loader.py")
-    shutil.copy(families.__file__, tmp_path)
-    shutil.copy(weights.__file__, tmp_path)
+    (tmp_path / place).mkdir(exist_ok=True)
+    for file, name in ((load, "loader.py"), (families, "families.py"), (weights, "weights.py")):
+        shutil.copy(file.__file__, tmp_path / place / name)
     torch.save(random_images(2, size=24), tmp_path / "images.pt")
-    code = "import loader, torch; torch.save(loader.load_subnetwork('net')(torch.load('images.pt')), 'logits.pt')"
+    code = f"import torch; from {module} import load_subnetwork; network = load_subnetwork('net')"
+    code += "; torch.save(network(torch.load('images.pt')), 'logits.pt')"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), subnet(random_images(2, size=24)))
+
+
+@torch.no_grad()
+def test_timm_loads_the_folder_of_an_uncut_network_and_the_card_says_so(tmp_path):
+    supernet = random_supernet()
+    for name, widths in (("full", full_widths(supernet)), ("cut", WIDTHS)):
+        save(extract(supernet, widths), supernet, tmp_path / name, widths=widths)
+    images, call = random_images(2, size=24), 'timm.create_model("local-dir:this folder", pretrained=True)'
+    network = timm.create_model(f"local-dir:{tmp_path / 'full'}", pretrained=True).eval()
+    assert torch.equal(network(images), extract(supernet, full_widths(supernet))(images))
+    assert call in (tmp_path / "full/README.md").read_text()
+    with pytest.raises(RuntimeError, match="in loading state_dict"):
+        timm.create_model(f"local-dir:{tmp_path / 'cut'}", pretrained=True)
+    assert "timm alone does not" in (tmp_path / "cut/README.md").read_text()
+
+
+def test_a_folder_says_classes_and_licence_and_not_where_timm_s_weights_are(tmp_path):
+    spec = ModelSpec("vit_tiny", 2)
+    supernet = as_supernet(spec.build())
+    supernet.pretrained_cfg["label_names"] = ["cat", "dog"]
+    widths = Widths((8,) * 12, (8,) * 12)
+    save(extract(supernet, widths), supernet, tmp_path, widths=widths, spec=spec)
+    cfg = load.load_subnetwork(tmp_path).pretrained_cfg
+    assert cfg["num_classes"] == 2 and cfg["label_names"] == ["cat", "dog"] and cfg["license"] == "apache-2.0"
+    assert not cfg.get("url") and not cfg.get("hf_hub_id")
+    config = load.read_config(tmp_path)
+    assert config["label_names"] == ["cat", "dog"] and config["pretrained_cfg"]["num_classes"] == 2
+    assert load_supernet(tmp_path).cut(widths).pretrained_cfg["label_names"] == ["cat", "dog"]
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: apache-2.0\n---\n")
+    for words in ("| checkpoint | a test |", "[8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8] of [64", "load_subnetwork"):
+        assert words in card
 
 
 @torch.no_grad()
@@ -188,7 +225,7 @@ def test_onnx_and_int8_run_in_onnx_runtime_on_any_batch(tmp_path):
             (logits,) = session.run(None, {"images": images.numpy()})
             assert torch.allclose(torch.from_numpy(logits), subnet(images), rtol=0, atol=tolerance)
         sizes[name] = (tmp_path / name).stat().st_size
-    assert differences == {"config.json": None, "model.safetensors": None}
+    assert differences == {"README.md": None, "config.json": None, "model.safetensors": None}
     assert sizes["model.onnx"] < 4 * sum(p.numel() for p in subnet.parameters()) + 30_000
     assert sizes["model.int8.onnx"] < 0.6 * sizes["model.onnx"]
 
@@ -202,13 +239,13 @@ def test_an_export_that_differs_leaves_no_file_and_what_was_there_stays(tmp_path
         saved(tmp_path / "net", formats=["pt2"], widths=Widths((8,) * 4, (8,) * 4))
     assert (tmp_path / "net/model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
-    assert sorted(path.name for path in (tmp_path / "net").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "net").iterdir()) == FILES
 
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("onnxr") else object())
     with pytest.raises(InputError, match="pip install onnxruntime"):
-        main_test.check_export(Namespace(export=["onnx"]))
+        main_test.check_export(Namespace(export=["onnx"], page=None))
     assert export.missing_packages(["onnx"]) == ["onnxruntime"]
     assert not export.missing_packages(["pt2"]) and not export.missing_packages([])
 

@@ -28,7 +28,9 @@ def net(tmp_path):
     supernet = tiny_supernet()
     table = WidthTable([Widths((16,) * 3, (width,) * 3) for width in range(192, -1, -9)])
     assert table.steps[0] == full_widths(supernet)
-    return SuperNetwork(supernet, ModelSpec("vit_tiny", 7), table, Costs.of(supernet), tmp_path / "checkpoint_0.pth")
+    return SuperNetwork(
+        supernet, ModelSpec("vit_tiny", 7), table, Costs.of(supernet), tmp_path / "checkpoint_0.pth", ""
+    )
 
 
 def milliseconds(mlp_width):
@@ -81,8 +83,6 @@ def test_the_file_says_what_it_holds_for_and_serves_that_elsewhere(net, counted,
     counted.clear()
     within, exact = options.choose(net, [Budget("latency_ms", 16.0), Budget("op_code", 2)], args, CPU)
     assert (within.step, exact.step) == (5, 2) and within.latency_ms <= 16 and not counted
-    with pytest.raises(InputError, match="must be cpu or cuda"):
-        options.benchmark(net, [within], args, CPU)
     assert not beside(net, batch_size=4).points, "of another batch size"
     net.table.steps = net.table.steps[1:4]
     assert not beside(net).known(net.table), "of other networks"
@@ -105,6 +105,21 @@ def test_every_network_gets_as_many_turns_and_the_median_counts(monkeypatch):
     figures = latency.measure(networks, CPU, latency.Conditions("cpu", 1, 3, 8, "none"))
     assert turns == [("a", (3, 3, 8, 8)), ("b", (3, 3, 8, 8))] * (latency.WARM_UP + latency.REPEATS)
     assert figures == [500.0, 2000.0]
+
+
+def test_exports_are_timed_as_pytorch_is(net, monkeypatch):
+    """The same batch, in the same turns: one call, with all of them."""
+    monkeypatch.setattr("models.subnet.export.OnnxNetwork", lambda file: file)
+    monkeypatch.setattr(
+        latency,
+        "measure",
+        lambda networks, device, conditions: [2.0 * conditions.batch_size + i for i, _ in enumerate(networks)],
+    )
+    widths = net.table.steps[3].as_dict()
+    rows = [{"file": None, "widths": widths}, {"file": "a.onnx", "widths": widths}, {"file": None, "widths": widths}]
+    options.benchmark(net, rows, Namespace(latency_device=None, latency_batch_size=4, amp="none"), CPU)
+    assert [row["latency_ms"] for row in rows] == [8, 10, 9] and rows[1]["images_per_s"] == 400
+    assert list(beside(net, batch_size=4).points) == [net.table.steps[3]]
 
 
 def test_real_figures_are_saved_as_they_are_returned(net):

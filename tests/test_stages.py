@@ -202,7 +202,12 @@ def test_saved_sub_networks_go_through_the_stages_and_to_other_data(chain, tmp_p
     assert output.count("model.pt2: largest difference") == 2
     for row, name in zip(rows, ("macs_ratio_0.5", "params_60.00K"), strict=True):
         folder = tmp_path / "net" / name
-        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "model.pt2"}
+        assert {path.name for path in folder.iterdir()} == {
+            "README.md",
+            "config.json",
+            "model.safetensors",
+            "model.pt2",
+        }
         run(f"main_test.py {DIGITS} --checkpoint {folder} --output-dir {tmp_path}/{name}")
         (again,) = rows_of(tmp_path / name)
         for key in ("top1", "loss", "macs", "parameters", "widths"):
@@ -305,7 +310,25 @@ def test_a_network_without_a_classifier_is_reparameterised_without_labels(repara
     assert not any(name.startswith("head") for name in states(tmp_path, "reparamed.pth"))
     loaded = load_supernet(tmp_path)
     assert loaded.cut(loaded.table.steps[-1])(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
-    assert "no classifier to test" in run(f"main_test.py {DIGITS} --checkpoint {tmp_path}", expect=2)
+    command = f"main_test.py {DIGITS} --checkpoint {tmp_path} --macs-ratio 1 30%"
+    files = f"--save {tmp_path}/net --export pt2 --plot --benchmark"
+    output = run(f"{command} --output-dir {tmp_path}/costs {files}")
+    assert "top-1" not in output and "costs alone" in output
+    assert {row["top1"] for row in rows_of(tmp_path / "costs")} == {None}
+    assert load_subnetwork(tmp_path / "net/macs_ratio_0.3")(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
+    accuracies = {}
+    for kind, ranks in (("knn", 1), ("linear", 2)):
+        output = run(f"{command} --probe {kind} --output-dir {tmp_path}/{kind}", ranks=ranks)
+        assert f"top-1 ({kind})" in output
+        full, small = rows_of(tmp_path / kind)
+        assert full["probe"] == kind and full["images"] == 599 and full["top5"] >= full["top1"] >= small["top1"] - 2
+        accuracies[kind] = full["top1"]
+    assert min(accuracies.values()) > 60, "chance is 10"
+    classifier = run(
+        f"main_finetune_peeled.py {DIGITS} {PLAIN} --epochs 1 --checkpoint {tmp_path} --macs-ratio 0.3 "
+        f"--output-dir {tmp_path}/tuned"
+    )
+    assert "has 0 classes: replaced by a new one for 10" in classifier
 
 
 def test_a_checkpoint_with_another_head_is_refitted_and_said(reparam, tmp_path):

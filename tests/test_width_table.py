@@ -6,11 +6,12 @@ import random
 import pytest
 from conftest import tiny_supernet
 
+import main_test
 from models.piad.width_table import WidthTable
 from models.subnet.budget import Budget, widen
 from models.vit.cost import Costs
 from models.vit.widths import Widths
-from utils import InputError, quantity
+from utils import InputError, fraction, quantity
 
 COSTS = Costs.of(tiny_supernet())
 TABLE = WidthTable(
@@ -105,4 +106,8 @@ def test_finer_widths_are_multiples_of_8_where_the_tables_are():
 
 
 def test_quantities_have_human_units():
-    assert [quantity(text) for text in ("8.44G", "40M", "12k", "7")] == [8.44e9, 40e6, 12e3, 7]
+    texts = ("8.44G", "40M", "12k", "7", "46.53 M", "8.44GMac", "897.00 MMAC")
+    assert [quantity(text) for text in texts] == [8.44e9, 40e6, 12e3, 7, 46.53e6, 8.44e9, 897e6]
+    assert fraction("50%") == 0.5 and Budget("macs", "300M") == Budget("macs", 300e6)
+    args = main_test.get_args(["--macs", "46.53", "M", "8.44G", "--macs-ratio", "50%", "0.3"])
+    assert args.macs == [46.53e6, 8.44e9] and args.macs_ratio == [0.5, 0.3]

@@ -1,4 +1,4 @@
-"""Draw accuracy against MACs of several main_test.py runs over one ladder, and print the table behind the chart."""
+"""Draw accuracy against MACs of several main_test.py runs, and print the table behind the chart."""
 
 import argparse
 import sys
@@ -37,14 +37,16 @@ def draw(curves, title, path):
 
 def main(args):
     curves = [read(text) for text in args.curves]
-    asked = [[row["asked"] for row in rows] for _, rows in curves]
-    if any(a != asked[0] for a in asked):
-        raise InputError("the runs do not share one ladder: give all of them the same budgets")
+    for label, rows in curves:
+        if any(row["top1"] is None for row in rows):
+            raise InputError(f"{label}: not tested (no classifier); main_test.py --probe does")
+    asked = list(dict.fromkeys(row["asked"] for _, rows in curves for row in rows))
     for index, (label, _) in enumerate(curves):
         print(f"({chr(97 + index)}) {label}")
     print("asked for         " + "".join(f"{f'({chr(97 + i)}) MACs':>12}{'top-1':>7}" for i in range(len(curves))))
-    for index, budget in enumerate(asked[0]):
-        cells = (f"{with_unit(rows[index]['macs']):>12}{rows[index]['top1']:7.2f}" for _, rows in curves)
+    for budget in asked:
+        found = (next((row for row in rows if row["asked"] == budget), None) for _, rows in curves)
+        cells = (f"{with_unit(row['macs']):>12}{row['top1']:7.2f}" if row else f"{'-':>12}{'-':>7}" for row in found)
         print(f"{budget:<18}" + "".join(cells))
     draw(curves, args.title, args.png)
     print(f"wrote {args.png}")

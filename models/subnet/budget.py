@@ -33,10 +33,25 @@ class Choice:
 @dataclass(frozen=True)
 class Budget:
     """What a user asks for. kind: 'op_code' (a step), 'macs' (paper's convention), 'macs_ratio' (of the full network),
-    'params', or 'latency_ms', which is measured: ``latency.py``."""
+    'params', or 'latency_ms', which is measured: ``latency.py``. value: a number, or a text such as '8.44G' or '50%';
+    any other raises InputError."""
 
     kind: str
     value: float
+
+    def __post_init__(self):
+        try:
+            if isinstance(self.value, str):
+                object.__setattr__(self, "value", quantity(self.value))  # how a frozen dataclass is told
+        except ArgumentTypeError as error:
+            raise InputError(f"{self.kind} {error}") from None
+
+    @classmethod
+    def of(cls, **asked):
+        """The Budget of one keyword argument, macs_ratio=0.5 or params="10M". Raises InputError if it is none."""
+        if len(asked) != 1:
+            raise InputError(f"give one budget of {', '.join(BUDGET_KINDS)}")
+        return cls(*asked.popitem())
 
     def __str__(self):
         return f"{self.kind} {with_unit(self.value) if self.kind in ('macs', 'params') else f'{self.value:.4g}'}"
@@ -45,17 +60,6 @@ class Budget:
     def folder(self):
         """A name for the files of what it obtains: macs_8.44G, macs_ratio_0.5."""
         return str(self).replace(" ", "_", 1).replace(" ", "")
-
-    @classmethod
-    def of(cls, **asked):
-        """The Budget of one keyword argument, macs_ratio=0.5 or params="10M". Raises InputError if it is none."""
-        if len(asked) != 1:
-            raise InputError(f"give one budget of {', '.join(BUDGET_KINDS)}")
-        ((kind, value),) = asked.items()
-        try:
-            return cls(kind, quantity(value) if isinstance(value, str) else value)
-        except ArgumentTypeError as error:
-            raise InputError(f"{kind} {error}") from None
 
     def choose(self, table, costs, finer=False):
         """The largest sub-network of ``table`` within this budget, a Choice. costs: Costs.

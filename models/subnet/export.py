@@ -1,4 +1,4 @@
-"""Saving a sub-network where others can use it: safetensors and config.json, ONNX, torch.export and int8.
+"""Saving a sub-network where others can use it: safetensors, config.json and a model card, ONNX, torch.export, int8.
 
 Everything is written into a folder inside the target first and checked there. Only what is complete and passes moves
 in.
@@ -39,11 +39,12 @@ def missing_packages(formats):
 
 
 def save(subnet, config, folder, formats=()):
-    """Write a sub-network to ``folder``: model.safetensors, config.json and the exports of ``formats`` (of FORMATS).
+    """Write a sub-network to ``folder``: model.safetensors, config.json, README.md and the exports of ``formats``.
 
-    config: of ``subnet_config``, with more members if wanted. Returns {file name: largest difference of its logits from
-    PyTorch's, relative to the largest logit, or None if it is no export}. Raises InputError, and leaves the folder as
-    it was, if an export differs by more than TOLERANCE; int8 may. Main rank only; the others wait and return {}.
+    formats: of FORMATS. config: of ``subnet_config``, and if wanted ``origin``, for the model card. Returns {file name:
+    largest difference of its logits from PyTorch's, relative to the largest logit, or None if it is no export}. Raises
+    InputError, and leaves the folder as it was, if an export differs by more than TOLERANCE; int8 may. Main rank only;
+    the others wait and return {}.
     """
     files = {}
     if utils.is_main():
@@ -51,6 +52,7 @@ def save(subnet, config, folder, formats=()):
         with _atomic_folder(Path(folder)) as place:
             lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
             (place / CONFIG_NAME).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            (place / "README.md").write_text(model_card(config))
             # Not save_file, which makes files that their owner alone can read.
             (place / WEIGHTS_NAME).write_bytes(as_safetensors(subnet.state_dict()))
             if "pt2" in formats:
@@ -62,6 +64,55 @@ def save(subnet, config, folder, formats=()):
             files = {file.name: files.get(file.name) for file in sorted(place.iterdir())}
     utils.barrier()
     return files
+
+
+MODEL_CARD = """---
+library_name: timm
+pipeline_tag: image-{task}
+license: {license}
+---
+# {model}, cut to {macs} MACs
+
+| | |
+|---|---|
+{rows}
+
+`load_subnetwork("this folder")` of skd's `models/subnet/load.py` loads it. That file may be copied, with `families.py`
+and `weights.py` of `models/vit` beside it; they need torch, timm and safetensors alone.
+{timm}
+
+Licence of timm's weights of {architecture}: {license}. If it was cut from others, theirs holds.
+"""
+
+
+def model_card(config):
+    """The text of README.md, in the layout of model hubs. config: the content of config.json."""
+    origin, widths, full = config.get("origin", {}), config["widths"], config["full_widths"]
+    rows = {"cut from": config["model"]}
+    rows |= {name: origin[name] for name in ("checkpoint", "asked", "compensated", "calibrated") if origin.get(name)}
+    rows |= {
+        "MACs with the attention matmuls": utils.with_unit(config["macs_with_attention_matmuls"]),
+        "parameters": utils.with_unit(config["parameters"]),
+        "input": " x ".join(map(str, config["pretrained_cfg"]["input_size"])),
+        "head width of each block": f"{widths['attn']} of {full['attn']}",
+        "hidden units of each block": f"{widths['mlp']} of {full['mlp']}",
+    }
+    accuracy = {"data_set": "tested on", "images": "images", "probe": "classifier of the features"}
+    accuracy |= {"top1": "top-1, %", "top5": "top-5, %"}
+    rows |= {words: origin[name] for name, words in accuracy.items() if origin.get("images") and origin.get(name)}
+    rows = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in rows.items()}
+    with_timm = 'timm.create_model("local-dir:this folder", pretrained=True)'
+    return MODEL_CARD.format(
+        task="classification" if config["num_classes"] else "feature-extraction",
+        model=config["model"],
+        architecture=config["architecture"],
+        macs=utils.with_unit(config["macs"]),
+        license=config["pretrained_cfg"].get("license", "unknown"),
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        timm=f"So does `{with_timm}`."
+        if widths == full
+        else "timm alone does not: its models have no arguments for these widths.",
+    )
 
 
 @contextmanager
@@ -95,10 +146,11 @@ def _export_pt2(subnet, path):
 
 
 def _export_onnx(subnet, path):
-    """ONNX with a dynamic batch: images [batch, 3, height, width] -> logits [batch, classes]."""
+    """ONNX with a dynamic batch: images [batch, 3, height, width] -> logits [batch, classes], or features."""
     batch = {0: torch.export.Dim("batch", max=MOST_IMAGES)}
     program = torch.onnx.export(
-        subnet, (_example(subnet, TRACED_BATCH),), input_names=["images"], output_names=["logits"],
+        subnet, (_example(subnet, TRACED_BATCH),), input_names=["images"],
+        output_names=["logits" if subnet.num_classes else "features"],
         dynamic_shapes=(batch,), dynamo=True, verbose=False,
     )  # fmt: skip
     for node in program.model.graph:

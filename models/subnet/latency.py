@@ -106,12 +106,13 @@ class LatencyTable:
         """{step: milliseconds} of the steps of a WidthTable that have been measured."""
         return {step: self.points[widths] for step, widths in enumerate(table.steps) if widths in self.points}
 
-    def measure(self, many_widths):
-        """Milliseconds per batch at each of several Widths, measured now, side by side, and saved."""
+    def measure(self, many_widths, others=()):
+        """Milliseconds per batch at each of several Widths, and of ``others``, networks to call with images; measured
+        now, side by side. Those of the Widths are saved."""
         # How fast a network is does not depend on its weights: plain slices do.
         networks = [self.loaded.slice(widths).to(self.device) for widths in many_widths]
-        milliseconds = measure(networks, self.device, self.conditions)
-        self.points |= dict(zip(many_widths, milliseconds, strict=True))
+        milliseconds = measure([*networks, *others], self.device, self.conditions)
+        self.points |= dict(zip(many_widths, milliseconds, strict=False))
         self.save()
         return milliseconds
 

@@ -3,7 +3,7 @@
 Where timm has none that is narrow enough, small ones of vit/families.py stand (``OWN_MODULES``).
 
 Needs torch, timm (1.0.23 or newer) and safetensors, and of this repository vit/families.py and vit/weights.py: the
-three files may be copied. Nothing that stands in the folder is run, and nothing is downloaded.
+three files may be copied, into a package too. Nothing that stands in the folder is run, and nothing is downloaded.
 """
 
 import json
@@ -11,9 +11,11 @@ from pathlib import Path
 
 import timm
 
-try:
+if __name__ == "models.subnet.load":
     from models.vit import families, weights
-except ImportError:  # copied: the files lie beside each other
+elif __package__:  # copied: the files lie beside each other, in a package
+    from . import families, weights
+else:  # or in none
     import families
     import weights
 
@@ -22,7 +24,8 @@ WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 MODEL_ARGS = {"img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", "window_size"}
 MODEL_ARGS |= {"qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "global_pool"}
 MODEL_ARGS |= {"rel_pos_type", "use_shared_rel_pos_bias"}
-PRETRAINED_CFG = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+PRETRAINED_CFG = {"input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+PRETRAINED_CFG |= {"num_classes", "first_conv", "classifier", "license"}
 # Above every size of an image, a width or a number of classes that a network has.
 MOST = 2**20
 
@@ -30,14 +33,15 @@ MOST = 2**20
 def load_subnetwork(folder):
     """The network saved in ``folder``, in eval mode on the CPU.
 
-    ``pretrained_cfg`` of the network holds its input size, mean and std, for ``timm.data.resolve_data_config``. Raises
-    ValueError if config.json is not that of a sub-network, or the weights are not those of one.
+    ``pretrained_cfg`` of the network holds its input size, mean and std, for ``timm.data.resolve_data_config``, and
+    ``label_names``, the names of its classes, if they are known. Raises ValueError if config.json is not that of a
+    sub-network, or the weights are not those of one.
     """
     config, path = read_config(folder), Path(folder) / WEIGHTS_NAME
     network = timm.create_model(
         config["architecture"],
         num_classes=config["num_classes"],
-        pretrained_cfg_overlay=config["pretrained_cfg"],
+        pretrained_cfg=config["pretrained_cfg"] | {"label_names": config.get("label_names")},
         **config["model_args"],
     )
     families.narrow(network, config["widths"]["attn"], config["widths"]["mlp"])
@@ -73,7 +77,7 @@ def check_config(config, source):
     try:
         values = [x for v in config["model_args"].values() for x in (v if isinstance(v, list) else [v])]
         sizes = [config["num_classes"], *(v for v in values if not isinstance(v, bool | str))]
-        sizes += [*config["widths"]["attn"], *config["widths"]["mlp"]]
+        sizes += [*config["widths"]["attn"], *config["widths"]["mlp"], *config["pretrained_cfg"].get("input_size", ())]
         unknown = (config["model_args"].keys() - MODEL_ARGS) | (config["pretrained_cfg"].keys() - PRETRAINED_CFG)
         unknown |= set() if timm.is_model(config["architecture"]) else {config["architecture"]}
     except (TypeError, KeyError, AttributeError) as error:  # a list where an object belongs, a number for a name

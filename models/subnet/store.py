@@ -20,7 +20,7 @@ from models.subnet.extract import extract
 from models.subnet.latency import LatencyTable
 from models.vit.cost import MATMULS, Costs
 from models.vit.families import OWN_MODULES, narrow
-from models.vit.pretrained import ALIASES, ModelSpec, classes_of, image_shape, load_weights, read_checkpoint
+from models.vit.pretrained import ALIASES, OWN_SHAPES, ModelSpec, classes_of, image_shape, load_weights, read_checkpoint
 from models.vit.supernet import as_stock, as_supernet, set_widths
 from models.vit.weights import digest
 from models.vit.widths import Widths
@@ -28,6 +28,8 @@ from models.wpac.compensation import COMPENSATION_NAME, compensate, load_compens
 from utils import InputError
 
 WEIGHTS_NAME = "reparamed.pth"
+# In a folder without numbered checkpoints, the first of these; the second and the third are the paper's own code's.
+OTHER_NAMES = (WEIGHTS_NAME, "checkpoint.pth", "reparamed_proxySize=*.pth", load.WEIGHTS_NAME)
 _NUMBERED = re.compile(r"checkpoint_(\d+)\.pth")
 
 
@@ -105,7 +107,7 @@ def numbered_checkpoints(folder):
 
 
 def newest_checkpoint(folder):
-    """The checkpoint_N.pth of ``folder`` with the highest N, or else the weights of stage 1 or of a saved sub-network.
+    """The checkpoint_N.pth of ``folder`` with the highest N, or else the first of OTHER_NAMES that is there.
 
     Raises InputError if there is none of them.
     """
@@ -113,9 +115,9 @@ def newest_checkpoint(folder):
     found = numbered_checkpoints(folder)
     if found:
         return found[max(found)]
-    for name in (WEIGHTS_NAME, load.WEIGHTS_NAME):
-        if (folder / name).is_file():
-            return folder / name
+    for name in OTHER_NAMES:
+        for path in sorted(folder.glob(name)):
+            return path
     raise InputError(
         f"{folder}: no checkpoint_N.pth (or {WEIGHTS_NAME}) in it; expected that and {TABLE_NAME}, or a saved "
         f"sub-network's {load.WEIGHTS_NAME} and {load.CONFIG_NAME}"
@@ -196,6 +198,7 @@ def _load_one_size(path, config, state, input_size, weights, kwargs):
         costs = Costs.of(subnet)
         set_widths(subnet, widths)  # refuses widths that do not fit
         narrow(as_stock(subnet), widths.attn, widths.mlp)
+        subnet.pretrained_cfg["label_names"] = config.get("label_names")
     except InputError:
         raise
     except Exception as error:  # whatever stands there goes through timm and torch
@@ -245,9 +248,13 @@ def subnet_config(subnet, spec, widths, costs, crop_ratio):
     """The description of a sub-network: all that is needed to rebuild it without this repository, and to know what it
     is. It is timm's layout for model hubs, and what only a sub-network has.
 
-    crop_ratio: centre crop / resized image at evaluation. Returns a dict of plain values.
+    crop_ratio: centre crop / resized image at evaluation. The names of the classes are those that timm's
+    ``pretrained_cfg`` of ``subnet`` has, if any. Returns a dict of plain values.
     """
     architecture, arguments = spec.timm_call()
+    # Not where timm's weights come from: these are others. Their licence is the one of timm's, if there are any.
+    kept = ["mean", "std", "fixed_input_size", "first_conv", "classifier"] + ["license"] * (spec.name not in OWN_SHAPES)
+    names = subnet.pretrained_cfg.get("label_names") or ()
     channels, height, width = image_shape(subnet)
     # What datasets.eval_transform does, in timm's words: small images are resized alone, without a crop.
     crop = {"crop_pct": 1.0, "crop_mode": "squash"} if height <= 32 else {"crop_pct": crop_ratio, "crop_mode": "center"}
@@ -256,13 +263,14 @@ def subnet_config(subnet, spec, widths, costs, crop_ratio):
         "num_classes": spec.num_classes,
         "num_features": subnet.num_features,
         "pretrained_cfg": {
-            "input_size": [channels, height, width],
-            "mean": list(subnet.pretrained_cfg["mean"]),
-            "std": list(subnet.pretrained_cfg["std"]),
+            **{name: subnet.pretrained_cfg[name] for name in kept if subnet.pretrained_cfg.get(name) is not None},
+            "num_classes": spec.num_classes,
+            "input_size": (channels, height, width),
             "interpolation": "bicubic",
             **crop,
         },
         "model_args": arguments,
+        **({"label_names": names} if len(names) == spec.num_classes else {}),
         "model": spec.name,
         "img_size": spec.img_size,
         "widths": widths.as_dict(),

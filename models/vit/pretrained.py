@@ -30,6 +30,8 @@ ALIASES = {
         {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 4},
     ),
 }
+# Those that timm builds, but has no weights of.
+OWN_SHAPES = {name for name, (_, arguments) in ALIASES.items() if arguments}
 
 
 @dataclass(frozen=True)
@@ -253,9 +255,9 @@ def load_pretrained(spec, path=None, **kwargs):
         return model, load_weights(model, read_checkpoint(path)["model"], path, replace_head=True)
     with torch.device("meta"):
         spec.build()  # refuses what cannot be cut before anything is downloaded
-    timm_name, changes = ALIASES.get(spec.name, (spec.name, {}))
+    timm_name, _ = ALIASES.get(spec.name, (spec.name, {}))
     published, cfg = default_num_classes(spec.name), timm.get_pretrained_cfg(timm_name)
-    if changes or cfg is None or not (cfg.hf_hub_id or cfg.url):
+    if spec.name in OWN_SHAPES or cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise ModelError(f"{spec.name}: there are no published weights", needs_file=True)
     try:
         model = spec.build(pretrained=True, **kwargs)
