@@ -15,7 +15,7 @@ from models.vit.widths import Widths
 
 pytest.importorskip("plotly")
 
-STEPS = [Widths((16, 2 * n, 16), (192, 12 * n, 192)) for n in range(8, -1, -1)]
+STEPS = [Widths((16, 2 * n, 16), (192, 24 * n, 192)) for n in range(8, -1, -1)]
 
 
 def row(loaded, step, **more):
@@ -70,7 +70,7 @@ def test_the_slider_moves_and_the_figures_follow_in_a_browser(path):
             words = shown[0].text_content()
             assert "top-1 86.00, 2.50 ms per batch" in words and ("the nearest" in words) == (step == 6)
             assert shown[1].text_content() == f"python main_test.py --op-code {step}"
-            assert bars.all_text_contents() == ["16", str(16 - 2 * step), "16", "192", str(96 - 12 * step), "192"]
+            assert bars.all_text_contents() == ["16", str(16 - 2 * step), "16", "192", str(192 - 24 * step), "192"]
         place = shown[1].bounding_box()
         view.mouse.click(place["x"] + 5, place["y"] + 5)
         view.wait_for_function("window.getSelection().toString() == 'python main_test.py --op-code 6'")
