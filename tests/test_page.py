@@ -2,18 +2,19 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from conftest import tiny_supernet
 
+import main_test
 from models.piad.width_table import WidthTable
 from models.subnet.store import SuperNetwork
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec
 from models.vit.widths import Widths
-
-pytest.importorskip("plotly")
+from utils import InputError
 
 STEPS = [Widths((16, 2 * n, 16), (192, 24 * n, 192)) for n in range(8, -1, -1)]
 
@@ -27,8 +28,7 @@ def row(loaded, step, **more):
 @pytest.fixture
 def path(tmp_path):
     """The page of a super-network of nine steps, of which two have been measured, with another's results over it."""
-    import page
-
+    page = pytest.importorskip("page", reason="plotly is not installed", exc_type=ImportError)
     supernet = tiny_supernet()
     spec, table, costs = ModelSpec("vit_tiny", 7), WidthTable(STEPS), Costs.of(supernet)
     loaded = SuperNetwork(supernet, spec, table, costs, Path("net/reparamed.pth"), weights="")
@@ -76,3 +76,9 @@ def test_the_slider_moves_and_the_figures_follow_in_a_browser(path):
         view.wait_for_function("window.getSelection().toString() == 'python main_test.py --op-code 6'")
         browser.close()
     assert not wrong and fetched == [path.as_uri()]
+
+
+def test_a_missing_plotly_is_named(monkeypatch):
+    monkeypatch.setattr(main_test, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--page needs plotly: pip install plotly"):
+        main_test.check_export(Namespace(page=[], export=[]))
