@@ -110,6 +110,10 @@ def add_cutting_options(parser):
     add("--skip-blocks", type=non_negative_int, nargs="+", default=[], metavar="B", help="blocks to leave as they are")
     add("--only", choices=["attn", "mlp"], help="leave the other branches as they are")
     add("--min-width", type=interval("[0, 1]"), default=0.0, help="share of its full width that every branch keeps")
+    words = (
+        "hidden units that go and stay together, and 8 dimensions of every head, as hardware likes it (64 suits most)"
+    )
+    add("--multiple-of", type=positive_int, metavar="N", help=words)
     add("--drop-ratio", type=fraction, default=0.875, help="share of the MACs gone at the last step of the width table")
 
 
@@ -131,7 +135,8 @@ def units_of(args, supernet):
     """The droppable Units of a super-network, as the options of ``add_cutting_options`` leave them."""
     full, untouched = full_widths(supernet), untouched_branches(args, supernet)
     least = [w if b in untouched else math.ceil(args.min_width * w) for b, w in enumerate(full.flat)]
-    return Units.of(full, [branch.indivisible for branch in branches(supernet)], Widths.from_flat(least))
+    indivisible = [branch.indivisible for branch in branches(supernet)]
+    return Units.of(full, indivisible, Widths.from_flat(least), args.multiple_of)
 
 
 def reachable_drop_ratio(args, units, costs):

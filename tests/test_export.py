@@ -1,5 +1,7 @@
 """Saved and exported sub-networks: they compute the same anywhere, and nothing is left behind when they do not."""
 
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -217,6 +219,11 @@ def test_onnx_and_int8_run_in_onnx_runtime_on_any_batch(tmp_path):
     supernet, sizes = random_supernet(), {}
     subnet = extract(supernet, WIDTHS)
     differences = save(subnet, supernet, tmp_path, ["int8"])
+    openvino = importlib.util.find_spec("openvino") and importlib.import_module("openvino")
+    if openvino:  # where it is installed: as docs/deploy.md has it
+        images = random_images(3, size=24)
+        network = openvino.compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        assert torch.allclose(torch.from_numpy(network(images.numpy())[0]), subnet(images), atol=1e-5)
     for name, tolerance in (("model.onnx", 1e-5), ("model.int8.onnx", 0.2)):
         assert differences.pop(name) > 0
         session = onnxruntime.InferenceSession(tmp_path / name)

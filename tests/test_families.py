@@ -38,6 +38,7 @@ from models.vit.supernet import as_stock, as_supernet, at_widths, branches, full
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
 from models.wpac.compensation import compensate
+from models.wpac.density import densities
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES
 from utils import InputError
@@ -118,6 +119,16 @@ def test_every_rewrite_preserves_the_function(family, basis):
     for before, after in zip(branches(original), branches(supernet), strict=True):
         changes = family.heads or before.name == "mlp"
         assert torch.equal(before.output.weight, after.output.weight) != changes
+
+
+@every_family
+def test_density_rises_from_nothing_to_all(family):
+    supernet, _ = built(family)
+    statistics = statistics_of(family, supernet, hidden=True)
+    found = densities(supernet, statistics, reparameterise(supernet, statistics))
+    assert [one.branch for one in found] == [str(branch) for branch in branches(supernet) if not branch.indivisible]
+    for held in (held for one in found for held in (one.before, one.after)):
+        assert held[:, 0].abs().max() < 1e-9 and (held[:, -1] == 1).all() and held.max() < 1 + 1e-9
 
 
 @torch.no_grad()

@@ -2,20 +2,21 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from conftest import tiny_supernet
 
+import main_test
 from models.piad.width_table import WidthTable
 from models.subnet.store import SuperNetwork
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec
 from models.vit.widths import Widths
+from utils import InputError
 
-pytest.importorskip("plotly")
-
-STEPS = [Widths((16, 2 * n, 16), (192, 12 * n, 192)) for n in range(8, -1, -1)]
+STEPS = [Widths((16, 2 * n, 16), (192, 24 * n, 192)) for n in range(8, -1, -1)]
 
 
 def row(loaded, step, **more):
@@ -27,8 +28,7 @@ def row(loaded, step, **more):
 @pytest.fixture
 def path(tmp_path):
     """The page of a super-network of nine steps, of which two have been measured, with another's results over it."""
-    import page
-
+    page = pytest.importorskip("page", reason="plotly is not installed", exc_type=ImportError)
     supernet = tiny_supernet()
     spec, table, costs = ModelSpec("vit_tiny", 7), WidthTable(STEPS), Costs.of(supernet)
     loaded = SuperNetwork(supernet, spec, table, costs, Path("net/reparamed.pth"), weights="")
@@ -70,9 +70,15 @@ def test_the_slider_moves_and_the_figures_follow_in_a_browser(path):
             words = shown[0].text_content()
             assert "top-1 86.00, 2.50 ms per batch" in words and ("the nearest" in words) == (step == 6)
             assert shown[1].text_content() == f"python main_test.py --op-code {step}"
-            assert bars.all_text_contents() == ["16", str(16 - 2 * step), "16", "192", str(96 - 12 * step), "192"]
+            assert bars.all_text_contents() == ["16", str(16 - 2 * step), "16", "192", str(192 - 24 * step), "192"]
         place = shown[1].bounding_box()
         view.mouse.click(place["x"] + 5, place["y"] + 5)
         view.wait_for_function("window.getSelection().toString() == 'python main_test.py --op-code 6'")
         browser.close()
     assert not wrong and fetched == [path.as_uri()]
+
+
+def test_a_missing_plotly_is_named(monkeypatch):
+    monkeypatch.setattr(main_test, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--page needs plotly: pip install plotly"):
+        main_test.check_export(Namespace(page=[], export=[]))

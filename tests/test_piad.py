@@ -162,3 +162,16 @@ def test_weights_of_the_steps():
     weights = step_weights("macs", macs)
     mean = torch.tensor(macs, dtype=torch.float64) @ weights / weights.sum()
     assert mean.item() == pytest.approx(50, abs=0.5)
+
+
+def test_units_for_hardware_are_multiples():
+    full = Widths((64, 80), (1536, 192))
+    assert Units.of(full).sizes == (8, 48, 10, 6)
+    units = Units.of(full, multiple_of=64)
+    assert units.sizes == (8, 64, 16, 64)
+    assert Units.of(full, [False, True, False, False], multiple_of=256).sizes == (8, 1536, 16, 192)
+    steps = [full]
+    draws = [[random.Random(b).random() for _ in range(count)] for b, count in enumerate(units.counts(full))]
+    grow(steps, draws, units, lambda widths: sum(widths.flat), 100)
+    assert len(steps) > 20
+    assert all(w % 64 == 0 for step in steps for w in step.mlp) and all(w % 8 == 0 for step in steps for w in step.attn)

@@ -31,18 +31,20 @@ class Units:
     least: Widths
 
     @classmethod
-    def of(cls, full, indivisible=None, least=None):
+    def of(cls, full, indivisible=None, least=None, multiple_of=None):
         """The units of a network.
 
         indivisible: [2L], the branches that are one unit (default: none). least: Widths to keep everywhere (default:
-        none), which are rounded up to units. Raises InputError if a full width is not positive.
+        none), which are rounded up to units. multiple_of: units of MLPs are multiples of so many hidden units, and
+        those of heads of 8 dimensions. Raises InputError if a full width is not positive.
         """
         if not full.flat or min(full.flat) < 1:
             raise InputError(f"the widths {list(full.flat)} of the full network must all be positive")
         counts = (ATTN_UNITS, MLP_UNITS) * len(full.attn)
+        grains = (8, multiple_of) * len(full.attn) if multiple_of else (1,) * len(full.flat)
         indivisible = indivisible or [False] * len(full.flat)
-        rows = zip(full.flat, counts, indivisible, strict=True)
-        sizes = [width if one else _unit_size(width, count) for width, count, one in rows]
+        rows = zip(full.flat, counts, grains, indivisible, strict=True)
+        sizes = [width if one else _unit_size(width, count, grain) for width, count, grain, one in rows]
         wanted = least.flat if least else [0] * len(sizes)
         rows = zip(wanted, sizes, full.flat, strict=True)
         return cls(full, tuple(sizes), Widths.from_flat([min(math.ceil(w / s) * s, most) for w, s, most in rows]))
@@ -71,10 +73,12 @@ class Units:
         return (torch.stack([unit.sum() for unit in units]) / (sizes * cost)).tolist()
 
 
-def _unit_size(width, count):
-    """The size of ``count`` equal units; if they do not divide ``width``, a larger one that hardware likes."""
+def _unit_size(width, count, grain):
+    """The size of ``count`` equal units; if they do not divide ``width``, a larger one that hardware likes. It is a
+    multiple of ``grain``, and at most ``width``."""
     size = math.ceil(width / count)
-    return size if width % count == 0 or size < 8 else math.ceil(size / 8) * 8
+    size = size if width % count == 0 or size < 8 else math.ceil(size / 8) * 8
+    return min(math.ceil(size / grain) * grain, width)
 
 
 # What the sensitivity of a branch is measured in, summed over a batch of logits and labels.
