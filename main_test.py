@@ -6,24 +6,13 @@ from pathlib import Path
 import torch
 
 import datasets
+import options
 import report
 import utils
 from engine import evaluate, probe
 from models.subnet import export
 from models.subnet.budget import Budget
 from models.vit.cost import MATMULS
-from options import (
-    add_budget_options,
-    benchmark,
-    budgets,
-    choose,
-    command,
-    cut,
-    is_file,
-    load,
-    print_command,
-    stage_parser,
-)
 from utils import InputError, print_once
 
 # Without a budget: these shares of the full network's MACs, as in the paper's figures.
@@ -31,8 +20,8 @@ DEFAULT_LADDER = tuple(Budget("macs_ratio", share) for share in (1, 5 / 6, 4 / 6
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
-    add_budget_options(parser, several=True)
+    parser = options.stage_parser(__doc__)
+    options.add_budget_options(parser, several=True)
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", help="folder of results.json and results.csv (default: output/test/<model>)")
     add("--save", metavar="DIR", help="write what is cut: model.safetensors, config.json, README.md")
@@ -58,7 +47,7 @@ def get_args(argv=None):
 def main(args):
     device = utils.start_up(args)
     check_export(args)
-    loaded = load(args)
+    loaded = options.load(args)
     if loaded.one_size and (args.plot or args.page is not None):
         flag = "--plot" if args.plot else "--page"
         raise InputError(f"{flag} draws a super-network: {loaded.source} is one sub-network")
@@ -70,25 +59,30 @@ def main(args):
     results = {"checkpoint": str(loaded.source), "model": loaded.spec.name, "data_set": args.data_set, "rows": rows}
     if args.benchmark:
         report.write(results, output)  # what was tested is not lost if a network is too large to be timed
-        benchmark(loaded, rows, args, device)
+        options.benchmark(loaded, rows, args, device)
     report.show(rows)
     report.write(results, output)
     print_once(f"wrote {output / 'results.json'} and results.csv")
     if args.plot and utils.is_main():
         print_once(f"drew {', '.join(report.draw_all(results, loaded, output))}")
-    flags = ["--model", loaded.spec.name, "--checkpoint", loaded.source]
-    flags += ["--mask-table", args.mask_table] if args.mask_table else []
+    flags = ["--model", loaded.spec.name, "--checkpoint", loaded.source, *cutting_flags(args)]
     if args.page is not None and utils.is_main():
         import page  # plotly is there only if wanted
 
-        def cutting(step):
-            return command(args, "main_test.py", *flags, "--op-code", step, "--save", f"{loaded.spec.name}_{step}")
-
-        page.write(rows, loaded, cutting, others, output / "page.html")
+        steps = [["--op-code", step, "--save", f"step_{step}"] for step in range(len(loaded.table.steps))]
+        commands = [options.command(args, "main_test.py", *flags, *step) for step in steps]
+        page.write(rows, loaded, commands, others, output / "page.html")
         print_once(f"wrote {output / 'page.html'}")
     if not loaded.one_size:
         print_once("to fine-tune one of them:")
-        print_command(args, "main_finetune_peeled.py", *flags, "--macs-ratio", 0.5)
+        options.print_command(args, "main_finetune_peeled.py", *flags, "--macs-ratio", 0.5)
+
+
+def cutting_flags(args):
+    """The words of the command line that say what is cut from a super-network, and how."""
+    named = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("mask_table", "compensation", "calibrate")}
+    words = [word for flag, value in named.items() if value for word in (flag, value)]
+    return words + ["--use-ema"] * args.use_ema + ["--no-compensation"] * (args.compensate is False)
 
 
 def check_export(args):
@@ -101,7 +95,7 @@ def check_export(args):
         raise InputError(f"--export {' '.join(args.export)} needs {', '.join(missing)}: pip install {words}")
     if args.export and utils.world_size() > 1:
         raise InputError("--export runs in one process: start it without torchrun")
-    if args.benchmark and is_file(args):
+    if args.benchmark and options.is_file(args):
         raise InputError(f"--benchmark measures: --latency-device {args.latency_device} must be cpu or cuda")
 
 
@@ -133,7 +127,7 @@ def test_all(loaded, test, args, device, saved):
 
     A sub-network has one row. test: of ``make_test``. saved: the folder that the sub-networks are written to, if any.
     """
-    asked, origin = budgets(args) or DEFAULT_LADDER, {"checkpoint": str(loaded.source)}
+    asked, origin = options.budgets(args) or DEFAULT_LADDER, {"checkpoint": str(loaded.source)}
     if loaded.one_size:
         asked = [Budget("op_code", 0)]
     else:
@@ -141,7 +135,7 @@ def test_all(loaded, test, args, device, saved):
     folders = [saved] if len(asked) == 1 else [saved and saved / budget.folder for budget in asked]
     if saved and len(set(folders)) < len(asked):
         raise InputError("--save: two budgets would be written to one folder; ask for each of them once")
-    choices = choose(loaded, asked, args, device)
+    choices = options.choose(loaded, asked, args, device)
     if loaded.compensation:
         print_once("compensating by the file beside the weights (--no-compensation for plain slices)")
     rows = []
@@ -157,7 +151,7 @@ def test_one(loaded, widths, test, args, device, about, folder):
 
     about: members of the rows beside costs and accuracy.
     """
-    subnet = cut(loaded, widths, args, device)
+    subnet = options.cut(loaded, widths, args, device)
     costs = {
         "macs": loaded.costs.macs(widths),
         "macs_with_attention_matmuls": loaded.costs.macs(widths, MATMULS),

@@ -9,11 +9,11 @@ from utils import atomic_file, with_unit
 BELOW = (60, 112, 150)
 
 
-def write(rows, loaded, command, others, path):
+def write(rows, loaded, commands, others, path):
     """Write the page of a SuperNetwork to ``path``: a slider over the steps of its table, and what follows it.
 
-    rows: of its results table. command: function of a step that returns the command that cuts it. others: [(label,
-    rows)] of further super-networks, whose accuracies are laid over this one's.
+    rows: of its results table. commands: what cuts each step. others: [(label, rows)] of further super-networks, whose
+    accuracies are laid over this one's.
     """
     curves = [(label, tested(results)) for label, results in ((loaded.spec.name, rows), *others)]
     titles = ("accuracy", *(f"{title}: kept width by block" for title in TITLES.values()))
@@ -30,11 +30,11 @@ def write(rows, loaded, command, others, path):
         page.add_scatter(x=x, y=y, text=text, mode="lines+markers", name=label, row=1, col=1)
     place = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "yanchor": "top", "showarrow": False, "align": "left"}
     page.add_annotation(text=figures, yshift=-BELOW[0], **place)
-    page.add_annotation(text=command(0), yshift=-BELOW[1], font={"family": "monospace", "size": 11}, **place)
+    page.add_annotation(text=commands[0], yshift=-BELOW[1], font={"family": "monospace", "size": 11}, **place)
     last, moving = len(page.layout.annotations) - 1, [0, 1, 2]
     moves = []
     for step, (data, figures) in enumerate(steps):
-        words = {f"annotations[{last - 1}].text": figures, f"annotations[{last}].text": command(step)}
+        words = {f"annotations[{last - 1}].text": figures, f"annotations[{last}].text": commands[step]}
         moves.append({"label": str(step), "method": "update", "args": [data, words, moving]})
     slider = {"currentvalue": {"prefix": "step of the width table: "}, "pad": {"t": BELOW[2]}, "steps": moves}
     page.update_layout(title=f"{loaded.spec.name}, {loaded.source}", margin_b=BELOW[2] + 100, sliders=[slider])
@@ -46,8 +46,8 @@ def write(rows, loaded, command, others, path):
 
 
 def tested(rows):
-    """The rows of sub-networks in float32 that have an accuracy."""
-    return [row for row in rows if row["top1"] is not None and not row["asked"].endswith("int8")]
+    """The rows of sub-networks that have an accuracy, without those of exports."""
+    return [row for row in rows if row["top1"] is not None and not row["file"]]
 
 
 def _state(widths, loaded, rows):

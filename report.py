@@ -168,18 +168,17 @@ def importance(branch, known):
 
 
 def density(found):
-    """Two maps, before and after stage 1, of Density ``found``: the share of the expected loss (colour) that the first
-    dimensions hold. Rows: of every block the heads, q and k together, and the MLP."""
+    """Two maps, before and after stage 1, of what ``densities`` found: the share of the expected loss (colour) that the
+    first dimensions hold. Rows: of every block the heads, q and k together, and the MLP."""
     figure, grid = Figure(figsize=(8, 6), layout="constrained"), np.linspace(0, 1, 65)
-    sizes = [len(one.before) for one in found]
-    starts, labels = np.cumsum([0, *sizes[:-1]]) - 0.5, [one.branch.removeprefix("blocks.") for one in found]
+    starts = np.cumsum([0, *(len(before) for before, _ in found.values())])[:-1] - 0.5
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, when in zip(panels, ("before", "after"), strict=True):
-        curves = [row for one in found for row in getattr(one, when).cpu().numpy()]
+    for axes, when, rows in zip(panels, ("before", "after"), zip(*found.values(), strict=True), strict=True):
+        curves = [curve for one in rows for curve in one.cpu().numpy()]
         held = [np.interp(grid, np.linspace(0, 1, len(curve)), curve) for curve in curves]
         image = axes.imshow(held, aspect="auto", vmin=0, vmax=1, extent=(0, 1, len(held) - 0.5, -0.5), cmap="viridis")
         axes.set(title=f"{when} stage 1", xlabel="first dimensions, share of the width")
-        axes.set_yticks(starts, labels)
+        axes.set_yticks(starts, [name.removeprefix("blocks.") for name in found])
         axes.hlines(starts, 0, 1, color="white", linewidth=0.5)
     figure.colorbar(image, ax=panels, label="share of the expected loss that they hold")
     return figure

@@ -126,8 +126,8 @@ def test_density_rises_from_nothing_to_all(family):
     supernet, _ = built(family)
     statistics = statistics_of(family, supernet, hidden=True)
     found = densities(supernet, statistics, reparameterise(supernet, statistics))
-    assert [one.branch for one in found] == [str(branch) for branch in branches(supernet) if not branch.indivisible]
-    for held in (held for one in found for held in (one.before, one.after)):
+    assert list(found) == [str(branch) for branch in branches(supernet) if not branch.indivisible]
+    for held in (held for pair in found.values() for held in pair):
         assert held[:, 0].abs().max() < 1e-9 and (held[:, -1] == 1).all() and held.max() < 1 + 1e-9
 
 

@@ -61,7 +61,7 @@ def test_tensorboard_has_the_figures_of_the_log(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records = run_of(tmp_path, tensorboard=True)
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = EventAccumulator(str(tmp_path), {"histograms": 0}).Reload()
     for name in records[0]:
         values = [record[name] for record in records]
         assert [event.value for event in events.Scalars(name)] == pytest.approx(values)
@@ -94,10 +94,17 @@ def test_curves_are_drawn_of_several_runs(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     run_of(tmp_path / "a")
     (tmp_path / "b/log.txt").write_text('{"epoch": 0, "train_loss": 1.0, "train_lr": 0.1}\n')
-    command = [sys.executable, "tools/plot_log.py", tmp_path / "x.png", f"one={tmp_path}/a", f"two={tmp_path}/b"]
+    command = [
+        sys.executable,
+        "tools/plot_accuracy.py",
+        "--training",
+        tmp_path / "x.png",
+        f"one={tmp_path}/a",
+        f"two={tmp_path}/b",
+    ]
     assert "wrote" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert (tmp_path / "x.png").stat().st_size > 10_000
-    for text, message in (("[]\n", "not a log"), (None, "expected LABEL=FOLDER, a folder with log.txt in it")):
+    for text, message in (("{\n", "log.txt: not JSON"), (None, "expected LABEL=FOLDER, a folder with log.txt in it")):
         (tmp_path / "b/log.txt").write_text(text) if text else (tmp_path / "b/log.txt").unlink()
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert refused.returncode == 2 and re.fullmatch(f"error: .*{message}.*\n", refused.stderr)

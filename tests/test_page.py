@@ -21,7 +21,13 @@ STEPS = [Widths((16, 2 * n, 16), (192, 24 * n, 192)) for n in range(8, -1, -1)]
 
 def row(loaded, step, **more):
     widths = loaded.table.steps[step]
-    figures = {"macs": loaded.costs.macs(widths), "widths": widths.as_dict(), "top1": 90 - step, "latency_ms": 2.5}
+    figures = {
+        "macs": loaded.costs.macs(widths),
+        "widths": widths.as_dict(),
+        "top1": 90 - step,
+        "latency_ms": 2.5,
+        "file": None,
+    }
     return {"asked": f"op_code {step}"} | figures | more
 
 
@@ -32,9 +38,10 @@ def path(tmp_path):
     supernet = tiny_supernet()
     spec, table, costs = ModelSpec("vit_tiny", 7), WidthTable(STEPS), Costs.of(supernet)
     loaded = SuperNetwork(supernet, spec, table, costs, Path("net/reparamed.pth"), weights="")
-    rows = [row(loaded, 0), row(loaded, 4), row(loaded, 4, asked="op_code 4, int8", top1=1), row(loaded, 6, top1=None)]
+    rows = [row(loaded, 0), row(loaded, 4), row(loaded, 4, file="model.int8.onnx", top1=1), row(loaded, 6, top1=None)]
     others = [("another", [row(loaded, 2, top1=80)])]
-    page.write(rows, loaded, lambda step: f"python main_test.py --op-code {step}", others, tmp_path / "page.html")
+    commands = [f"python main_test.py --op-code {step}" for step in range(9)]
+    page.write(rows, loaded, commands, others, tmp_path / "page.html")
     return tmp_path / "page.html"
 
 

@@ -190,9 +190,9 @@ def test_density_is_the_share_of_the_loss_that_the_first_dimensions_hold():
     original = copy.deepcopy(model)
     sums = measured(model, batches=proxy_batches(dtype=torch.float64), hidden=True)
     found = densities(model, sums, reparameterise(model, sums, "balanced", "taylor"))
-    assert [one.branch for one in found[:2]] == ["blocks.0.attn", "blocks.0.mlp"] and len(found) == 6
-    for one, branch, own in zip(found, branches(original), sums, strict=True):
-        for held in (one.before, one.after):
+    assert list(found)[:2] == ["blocks.0.attn", "blocks.0.mlp"] and len(found) == 6
+    for (before, after), branch, own in zip(found.values(), branches(original), sums, strict=True):
+        for held in (before, after):
             assert held.shape == (4 if branch.name == "attn" else 1, branch.full + 1)
             assert torch.allclose(held[:, [0, -1]], torch.tensor([0.0, 1.0], dtype=held.dtype), atol=1e-12)
         # The same from the original network's weights, one width at a time.
@@ -204,16 +204,16 @@ def test_density_is_the_share_of_the_loss_that_the_first_dimensions_hold():
             return torch.trace(rest.mT @ gram @ rest @ moment[row, kept:, kept:]).item()
 
         for row, kept in ((0, 3), (len(moment) - 1, 11)):
-            assert one.before[row, kept].item() == pytest.approx(1 - lost(kept, row) / lost(0, row), abs=1e-9)
-        assert one.after[:3].mean() > one.before[:3].mean() + 0.02
-        heads = one.after[:3] if branch.name == "attn" else one.after[:0]
+            assert before[row, kept].item() == pytest.approx(1 - lost(kept, row) / lost(0, row), abs=1e-9)
+        assert after[:3].mean() > before[:3].mean() + 0.02
+        heads = after[:3] if branch.name == "attn" else after[:0]
         assert (heads.diff(dim=1) > -1e-9).all() and (heads.diff(dim=1).diff(dim=1) < 1e-9).all(), "sorted"
 
 
 def test_density_of_a_network_that_is_left_alone_is_the_same_before_and_after():
     model = tiny_supernet()
     sums = measured(model, hidden=True)
-    before = copy.deepcopy(model.state_dict())
-    for one in densities(model, sums, reparameterise(model, sums, untouched=range(6))):
-        assert torch.allclose(one.before, one.after, atol=1e-9)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    state = copy.deepcopy(model.state_dict())
+    for before, after in densities(model, sums, reparameterise(model, sums, untouched=range(6))).values():
+        assert torch.allclose(before, after, atol=1e-9)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())

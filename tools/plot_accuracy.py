@@ -1,45 +1,50 @@
-"""Draw accuracy against MACs of several main_test.py runs, and print the table behind the chart."""
+"""Draw accuracy against MACs of several main_test.py runs, and print the table behind the chart; or with --training the
+loss, accuracies and learning rate of training runs by epoch."""
 
 import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from report import read
-from utils import InputError, atomic_file, run_stage, with_unit
+from report import labelled, read
+from training import LOG_NAME
+from utils import InputError, atomic_file, parse_json, run_stage, with_unit
+
+PANELS = {"train_loss": "training loss", "test_": "top-1 accuracy, %", "train_lr": "learning rate"}
 
 
 def get_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("png", type=Path, help="the chart to write")
-    parser.add_argument("curves", nargs="+", help="LABEL=FOLDER, the --output-dir of a main_test.py run")
-    parser.add_argument("--title", default="Accuracy against cost")
+    parser.add_argument("curves", nargs="+", help="LABEL=FOLDER, the --output-dir of a run")
+    parser.add_argument("--title", help="of the chart (default: Accuracy against cost, or Training)")
+    parser.add_argument("--training", action="store_true", help="draw what training runs have logged")
     return parser.parse_args()
 
 
-def draw(curves, title, path):
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+def accuracy(curves, axes):
+    """Draw the rows of main_test.py's tables, [(label, rows)]."""
     for (label, rows), marker in zip(curves, "osD^v<>p" * len(curves), strict=False):
         axes.plot([r["macs"] / 1e6 for r in rows], [r["top1"] for r in rows], marker=marker, label=label)
-    axes.set(xlabel="MACs per image, millions (the paper's convention)", ylabel="top-1 accuracy, %", title=title)
+    axes.set(xlabel="MACs per image, millions (the paper's convention)", ylabel="top-1 accuracy, %")
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
 
 
-def main(args):
-    curves = [read(text) for text in args.curves]
-    for label, rows in curves:
-        if any(row["top1"] is None for row in rows):
-            raise InputError(f"{label}: not tested (no classifier); main_test.py --probe does")
+def training(runs, panels):
+    """Draw the records of logs, [(label, records)]."""
+    for axes, (prefix, title) in zip(panels, PANELS.items(), strict=True):
+        for label, records in runs:
+            for name in dict.fromkeys(name for record in records for name in record if name.startswith(prefix)):
+                points = [(record["epoch"], record[name]) for record in records if name in record]
+                axes.plot(*zip(*points, strict=True), label=f"{label} {name.removeprefix(prefix)}")
+        axes.set(xlabel="epoch", ylabel=title)
+
+
+def table(curves):
+    """Print the figures behind the chart."""
     asked = list(dict.fromkeys(row["asked"] for _, rows in curves for row in rows))
     for index, (label, _) in enumerate(curves):
         print(f"({chr(97 + index)}) {label}")
@@ -48,7 +53,29 @@ def main(args):
         found = (next((row for row in rows if row["asked"] == budget), None) for _, rows in curves)
         cells = (f"{with_unit(row['macs']):>12}{row['top1']:7.2f}" if row else f"{'-':>12}{'-':>7}" for row in found)
         print(f"{budget:<18}" + "".join(cells))
-    draw(curves, args.title, args.png)
+
+
+def main(args):
+    figure = Figure(figsize=(13, 4) if args.training else (7.5, 4.6), layout="constrained")
+    if args.training:
+        logs = [labelled(text, LOG_NAME) for text in args.curves]
+        runs = [(label, [parse_json(line, path) for line in path.read_text().splitlines()]) for label, path in logs]
+        training(runs, figure.subplots(1, len(PANELS)))
+        figure.suptitle(args.title or "Training")
+    else:
+        curves = [read(text) for text in args.curves]
+        for label, rows in curves:
+            if any(row["top1"] is None for row in rows):
+                raise InputError(f"{label}: not tested (no classifier); main_test.py --probe does")
+        table(curves)
+        axes = figure.subplots()
+        axes.set_title(args.title or "Accuracy against cost")
+        accuracy(curves, axes)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with atomic_file(args.png) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     print(f"wrote {args.png}")
 
 
