@@ -19,23 +19,23 @@ def write(rows, loaded, commands, others, path):
     titles = ("accuracy", *(f"{title}: kept width by block" for title in TITLES.values()))
     page = make_subplots(2, 2, specs=[[{"rowspan": 2}, {}], [None, {}]], subplot_titles=titles, horizontal_spacing=0.08)
     steps = [_state(widths, loaded, curves[0][1]) for widths in loaded.table.steps]
-    data, figures = steps[0]
-    page.add_scatter(x=data["x"][0], y=data["y"][0], mode="lines", line_dash="dot", name="this size", row=1, col=1)
-    for row, name in enumerate(TITLES, 1):
-        page.add_bar(x=data["x"][row], y=data["y"][row], text=data["text"][row], showlegend=False, row=row, col=2)
+    macs, kept, figures = steps[0]
+    for row, (name, values) in enumerate(zip(TITLES, kept, strict=True), 1):
+        page.add_bar(y=values, text=values, showlegend=False, row=row, col=2)
         page.update_yaxes(range=[0, 1.1 * max(getattr(loaded.costs.full, name))], row=row, col=2)
     for label, results in curves:
         points = sorted((row["macs"] / 1e6, row["top1"], row["asked"]) for row in results)
         x, y, text = zip(*points, strict=True) if points else ((), (), ())
         page.add_scatter(x=x, y=y, text=text, mode="lines+markers", name=label, row=1, col=1)
+    page.add_vline(macs, line_dash="dot", row=1, col=1)
     place = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "yanchor": "top", "showarrow": False, "align": "left"}
     page.add_annotation(text=figures, yshift=-BELOW[0], **place)
     page.add_annotation(text=commands[0], yshift=-BELOW[1], font={"family": "monospace", "size": 11}, **place)
-    last, moving = len(page.layout.annotations) - 1, [0, 1, 2]
-    moves = []
-    for step, (data, figures) in enumerate(steps):
+    last, moves = len(page.layout.annotations) - 1, []
+    for step, (macs, kept, figures) in enumerate(steps):
         words = {f"annotations[{last - 1}].text": figures, f"annotations[{last}].text": commands[step]}
-        moves.append({"label": str(step), "method": "update", "args": [data, words, moving]})
+        layout = words | {"shapes[0].x0": macs, "shapes[0].x1": macs}
+        moves.append({"label": str(step), "method": "update", "args": [{"y": kept, "text": kept}, layout, [0, 1]]})
     slider = {"currentvalue": {"prefix": "step of the width table: "}, "pad": {"t": BELOW[2]}, "steps": moves}
     page.update_layout(title=f"{loaded.spec.name}, {loaded.source}", margin_b=BELOW[2] + 100, sliders=[slider])
     page.update_xaxes(title="MACs, millions (paper's convention)", rangemode="tozero", row=1, col=1)
@@ -47,12 +47,12 @@ def write(rows, loaded, commands, others, path):
 
 def tested(rows):
     """The rows of sub-networks that have an accuracy, without those of exports."""
-    return [row for row in rows if row["top1"] is not None and not row["file"]]
+    return [row for row in rows if row["top1"] is not None and not row.get("file")]
 
 
 def _state(widths, loaded, rows):
-    """(data of the traces that move, figures in words) of one size."""
-    macs, blocks = loaded.costs.macs(widths), list(range(len(widths.attn)))
+    """(millions of MACs, kept widths of attention and MLP, figures in words) of one size."""
+    macs = loaded.costs.macs(widths)
     words = f"{with_unit(macs)} MACs ({macs / loaded.costs.macs(loaded.costs.full):.3f} of the full network), "
     words += f"{with_unit(loaded.costs.parameters(widths))} parameters"
     if rows:
@@ -62,6 +62,4 @@ def _state(widths, loaded, rows):
         exact = row["widths"] == widths.as_dict()
         words += "" if exact else f" (measured at {with_unit(row['macs'])} MACs, the nearest that was)"
     words += "<br>The command that cuts this size; a click marks it for copying:"
-    top1, kept = [row["top1"] for row in rows], [widths.attn, widths.mlp]
-    ends = [min(top1, default=0), max(top1, default=100)]
-    return {"x": [[macs / 1e6] * 2, blocks, blocks], "y": [ends, *kept], "text": [None, *kept]}, words
+    return macs / 1e6, [widths.attn, widths.mlp], words

@@ -50,9 +50,12 @@ def labelled(text, name):
 
 
 def read(text):
-    """(label, rows) of the results.json that the words LABEL=FOLDER name."""
+    """(label, rows) of the results.json that the words LABEL=FOLDER name. Raises InputError."""
     label, path = labelled(text, "results.json")
-    return label, parse_json(path.read_text(), path)["rows"]
+    results = parse_json(path.read_text(), path)
+    if not isinstance(results, dict) or not results.get("rows"):
+        raise InputError(f"{path}: not the results of main_test.py")
+    return label, results["rows"]
 
 
 def as_csv(rows):

@@ -9,6 +9,7 @@ import pytest
 from conftest import tiny_supernet
 
 import main_test
+import report
 from models.piad.width_table import WidthTable
 from models.subnet.store import SuperNetwork
 from models.vit.cost import Costs
@@ -89,3 +90,16 @@ def test_a_missing_plotly_is_named(monkeypatch):
     monkeypatch.setattr(main_test, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="--page needs plotly: pip install plotly"):
         main_test.check_export(Namespace(page=[], export=[]))
+
+
+def test_what_is_laid_over_a_page_must_be_results(tmp_path):
+    for words, message in (
+        (f"x={tmp_path}", "expected LABEL=FOLDER, a folder with results.json"),
+        ("x", "expected LABEL"),
+    ):
+        with pytest.raises(InputError, match=message):
+            report.read(words)
+    for text in ("[]", "{}", '{"rows": []}', "{"):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(InputError, match=r"results.json: not (JSON|the results of main_test.py)"):
+            report.read(f"x={tmp_path}")
