@@ -1,5 +1,6 @@
 """run_train.slurm and run_train.sh as a cluster runs them: a shell, tools/launch.py and two gloo ranks."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -116,6 +117,64 @@ def test_an_error_of_all_ranks_is_one_line_and_the_last(options, line, start, tm
     script = Script(tmp_path, start, "run_train.sh", *options)
     assert script.end() == (2, f"error: {line}".replace("...", "--model vit_digits"))
     assert script.words.read_text().count("error") == 1
+
+
+# ------------------------------------------------------------------------------------------ commands
+
+
+def commands_of(script, folder, *options, **variables):
+    """The commands that a script of the repository gives to $PYTHON: lists of words."""
+    python, folder = folder / "python", folder / "with blanks"
+    folder.mkdir(exist_ok=True)
+    python.write_text('#!/bin/sh\nfor word; do echo "$word"; done\necho END\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "DATA": "my data", "OUTPUT": "my output"} | variables
+    command = ["sh", ROOT / script, *options]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    assert not result.stderr
+    return [words.splitlines() for words in result.stdout.split("END\n")[:-1]]
+
+
+def arguments_of(command):
+    """(what goes to torchrun, what the stage understands) of a command."""
+    place = next(index for index, word in enumerate(command) if Path(word).name.startswith("main_"))
+    return command[1:place], importlib.import_module(Path(command[place]).stem).get_args(command[place + 1 :])
+
+
+@pytest.mark.parametrize("script", ["run_reparam.sh", "run_train.sh", "run_test.sh", "run_train_peeled.sh"])
+def test_a_script_runs_its_stage_on_every_model(script, tmp_path):
+    commands = commands_of(script, tmp_path, "--seed", "3")
+    stages = [arguments_of(command) for command in commands]
+    assert [args.model for _, args in stages] == ["vit_tiny", "vit_small", "vit_base"]
+    for launcher, args in stages:
+        assert launcher == ["--standalone", "--nproc-per-node=8"]
+        assert (args.data_path, args.seed) == ("my data", 3) and args.output_dir.startswith("my output/")
+
+
+def test_one_switch_gives_the_paper_s_method(tmp_path):
+    found = {}
+    for recipe in ("ours", "paper"):
+        for script in ("run_reparam.sh", "run_train.sh"):
+            found[script, recipe] = arguments_of(commands_of(script, tmp_path, RECIPE=recipe, MODELS="vit_base")[0])[1]
+    for recipe, expected in (("ours", ("balanced", "greedy", True)), ("paper", ("pca", "hessian", False))):
+        args = found["run_reparam.sh", recipe]
+        assert (args.basis, args.mlp_order, args.compensation) == expected
+    ours, paper = found["run_train.sh", "ours"], found["run_train.sh", "paper"]
+    assert ours.mask_table == "auto" and paper.mask_table == "none" and "grow_epochs" not in ours.given
+    assert (paper.grow_epochs, paper.drop_ratio, paper.proxy_samples) == (50, 0.875, 1024)
+    assert ours.epochs == paper.epochs == 150
+
+
+def test_machines_are_taken_from_the_step_or_from_the_variables(tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho first\necho second\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "10042", "SLURM_STEP_NODELIST": "x"}
+    given = {"NODES": "3", "NODE_RANK": "2", "MASTER": "here:99"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for variables, expected in ((slurm, ("2", "1", "first", "20042")), (given, ("3", "2", "here", "99"))):
+        words, _ = arguments_of(commands_of("run_train.sh", tmp_path, MODELS="vit_tiny", PATH=path, **variables)[0])
+        names = ("--nnodes", "--node-rank", "--master-addr", "--master-port")
+        assert words == [f"{n}={v}" for n, v in zip(names, expected, strict=True)] + ["--nproc-per-node=8"]
 
 
 def test_a_recipe_that_is_none_is_refused(tmp_path):
