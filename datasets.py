@@ -428,7 +428,8 @@ class ImageLoader:
     A label beyond the classes is an InputError, and so is an image that cannot be read, with its path. With
     ``--skip-bad-images`` it is counted, and replaced by the next one that can be read if all batches must be of one
     size (``drop_last``), or else left out.
-    title: with one, every pass shows a progress bar of this name, and ends by reporting bad images.
+    title: with one, every pass shows a progress bar of this name, can be stopped by a signal, and ends by reporting bad
+    images. All ranks make it together.
     """
 
     def __init__(self, images, transform, args, drop_last, title=None, **kwargs):
@@ -437,7 +438,7 @@ class ImageLoader:
         self.loader = DataLoader(
             TransformedDataset(images, transform, replace=drop_last and self.skip), batch_size=args.batch_size,
             num_workers=args.num_workers, pin_memory=args.pin_mem and args.device != "cpu", collate_fn=_collate,
-            worker_init_fn=utils.restore_signals, drop_last=drop_last, **kwargs,
+            worker_init_fn=utils.ignore_signals, drop_last=drop_last, **kwargs,
         )  # fmt: skip
 
     def __len__(self):
@@ -451,10 +452,18 @@ class ImageLoader:
             name = image_name(self.loader.dataset.images, int(indices[i]))
             raise InputError(f"{name}: label {labels[i]} is none of the data set's {self.classes or ''} classes")
 
+    def _together(self):
+        """What the loader gives, between questions whether to stop: as many on all ranks, whose shares may differ."""
+        images = self.loader.batch_size * utils.world_size()
+        batches = iter(utils.progress(self.loader, self.title, images=images))
+        for _ in range(max(utils.gather(len(self.loader)))):
+            utils.stop_if_asked()
+            yield from itertools.islice(batches, 1)
+        yield from batches  # nothing is left, but the bar ends
+
     def __iter__(self):
         self.bad, self.seen = {}, 0
-        loader, images = self.loader, self.loader.batch_size * utils.world_size()
-        for batch, bad in utils.progress(loader, self.title, images=images) if self.title else loader:
+        for batch, bad in self._together() if self.title else self.loader:
             if bad and not self.skip:
                 raise InputError(f"{_in_words(bad[0])}; --skip-bad-images goes on without such images")
             self.bad |= {image.name: image for image in bad}
@@ -532,9 +541,7 @@ def proxy_loader(images, transform, args, flag):
     flag: the option that says how many, 'proxy_samples' or 'calibrate'. Batches are (images, labels, positions in the
     data set). Raises InputError if there are too few images.
     """
-    count = getattr(args, flag)
-    if count > len(images):
-        raise InputError(f"--{flag.replace('_', '-')} {count}: the training set has {len(images)} images")
+    count = utils.at_most(args, flag, len(images), f"the training set has {len(images)} images")
     order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
     share = order[utils.rank() :: utils.world_size()].tolist()
     return ImageLoader(images, transform, args, drop_last=False, title="proxy set", sampler=share)

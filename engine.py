@@ -44,7 +44,7 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
     if run.epoch != epoch:
         run.begin_epoch(epoch)
     before, watch, together = run.images_done(), utils.Stopwatch(device), args.batch_size * utils.world_size()
-    batches = iter(utils.progress(loader, f"epoch {epoch}", run.updates * args.accum_iter, False, together))
+    batches = iter(utils.progress(loader, f"epoch {epoch}", run.updates * args.accum_iter, together))
     for index in range(run.updates, run.updates_per_epoch):
         step, loss = epoch * run.updates_per_epoch + index, 0.0
         subnets = draw(step) if draw else [None]

@@ -39,10 +39,10 @@ def main(args):
     checkpoint, content = run.resume(output)
     if checkpoint and content.get("config", {}).get("widths") != description["widths"]:
         raise InputError(f"--resume {checkpoint}: it holds another sub-network than the one asked for")
-    before = evaluate(subnet, test, device, args.amp)["top1"]
-    print_once(f"before fine-tuning: top-1 {before:.2f}, learning rate {run.lr:.2e}")
 
     with run.files(output, lambda: {"config": description}):
+        before = evaluate(subnet, test, device, args.amp)["top1"]
+        print_once(f"before fine-tuning: top-1 {before:.2f}, learning rate {run.lr:.2e}")
         for epoch in run.epochs():
             train.sampler.set_epoch(epoch, run.images_done())
             figures, top1 = train_one_epoch(run, train, criterion, epoch, mixup), None

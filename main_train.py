@@ -20,6 +20,12 @@ from models.vit.weights import digest
 from training import TrainingRun
 from utils import InputError, print_once, with_unit
 
+# The options that say how the list of sub-networks grows.
+OF_GROWTH = (
+    "grow_epochs", "sensitivity", "drop_ratio", "skip_blocks", "only", "min_width", "multiple_of", "proxy_samples",
+    "objective",
+)  # fmt: skip
+
 
 def get_args(argv=None):
     parser = options.stage_parser(__doc__)
@@ -40,14 +46,16 @@ def main(args):
     output = utils.output_folder(args.output_dir or Path("output/peelable") / args.model)
     config = datasets.data_config(supernet)
     evaluation = datasets.eval_transform(args, config)
-    proxy = datasets.proxy_loader(images, evaluation, args, "proxy_samples")
+    dropout = make_dropout(args, supernet)
+    proxy = datasets.proxy_loader(images, evaluation, args, "proxy_samples") if dropout.growth else None
     train = datasets.train_loader(images, datasets.train_transform(args, config), args)
     test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
     mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
-    run, dropout = TrainingRun(supernet, args, device, len(train)), make_dropout(args, supernet)
+    # A sub-network without a branch leaves that branch's parameters out of the backward pass.
+    run = TrainingRun(supernet, args, device, len(train), find_unused=dropout.loses_branches)
     checkpoint, content = run.resume(output)
     if checkpoint:
-        dropout.restore(table_of(content, checkpoint, dropout.costs))
+        restore_table(dropout, table_of(content, checkpoint, dropout.costs), checkpoint, args)
     print_once(
         f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
         f"rank(s), learning rate {run.lr:.2e}, full network {with_unit(dropout.costs.macs(dropout.units.full))} MACs"
@@ -162,11 +170,21 @@ def make_dropout(args, supernet):
         table = WidthTable.load(args.mask_table)
         table.check_fits(costs, args.mask_table)
         print_once(f"training the {len(table.steps)} sub-networks of {args.mask_table} from the start")
+        if unused := [f"--{name.replace('_', '-')}" for name in OF_GROWTH if name in args.given]:
+            print_once(f"note: {', '.join(unused)}: without effect, for that list does not grow")
         return DropoutList(units, costs, table.steps, **drawing)
+    utils.at_most(args, "grow_epochs", args.epochs, f"--epochs is {args.epochs}")
     print_once(f"the list of sub-networks grows in {args.grow_epochs} epochs")
     drop_ratio = options.reachable_drop_ratio(args, units, costs)
     growth = Growth(args.grow_epochs, drop_ratio, args.sensitivity, args.objective, args.amp)
     return DropoutList(units, costs, growth=growth, **drawing)
+
+
+def restore_table(dropout, table, checkpoint, args):
+    """Go on with a checkpoint's WidthTable. Raises InputError if ``--mask-table`` asks for another one."""
+    if dropout.growth is None and dropout.table.steps != table.steps:
+        raise InputError(f"--mask-table {args.mask_table}: --resume {checkpoint} trains another table; leave it out")
+    dropout.restore(table)
 
 
 def table_of(content, path, costs):

@@ -210,9 +210,9 @@ def check_training(args):
         raise InputError("--nb-classes 0: training needs a classifier; give the number of classes, or leave it out")
     if args.tensorboard and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs tensorboard: pip install tensorboard")
-    if args.warmup_epochs > args.epochs:
+    if args.warmup_epochs > args.epochs and "warmup_epochs" in args.given:
         raise InputError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
-    if args.min_lr > args.lr:
+    if args.min_lr > args.lr and "min_lr" in args.given:
         raise InputError(f"--min-lr {args.min_lr:g} is more than --lr {args.lr:g}, from which the rate falls to it")
     if args.scale[0] > args.scale[1]:
         raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the smaller share of the area comes first")

@@ -19,7 +19,7 @@ echo "== stage 1: reparameterise, and cut without training"
 $PYTHON main_reparam.py $DATA --pretrained $OUTPUT/pretrain/pretrained.pth --output-dir $OUTPUT/reparam
 $PYTHON main_test.py $DATA --checkpoint $OUTPUT/reparam $LADDER --output-dir $OUTPUT/test/reparam
 echo "== stage 2: train the super-network"
-$PYTHON main_train.py $DATA $RECIPE --pretrained $OUTPUT/reparam/reparamed.pth --epochs 60 --grow-epochs 20 --lr 8e-3 \
+$PYTHON main_train.py $DATA $RECIPE --pretrained $OUTPUT/reparam/reparamed.pth --epochs 60 --lr 8e-3 \
     --eval-period 20 --output-dir $OUTPUT/supernet
 echo "== stage 3: sub-networks of the same widths, from the original, the reparameterised and the trained weights"
 for weights in pretrain/pretrained.pth reparam/reparamed.pth supernet; do

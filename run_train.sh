@@ -1,25 +1,21 @@
 #!/bin/sh
-# Stage 2 on ImageNet: 300 epochs for Ti and S, 150 for B, the list growing in the first 50. A run that was stopped goes
-# on when the script is started again. The paper's list, which grows: sh run_train.sh --mask-table none
-# Several machines: NODES=4 NODE_RANK=0..3 MASTER=host:port, the same on each but for the rank.
-set -e
-cd "$(dirname "$0")"
-MODELS=${MODELS:-vit_tiny vit_small vit_base}
-DATA=${DATA:-/data/imagenet}      # with train/<wnid>/ and val/<wnid>/
-GPUS=${GPUS:-8}
-OUTPUT=${OUTPUT:-output}
-PYTHON=${PYTHON:-python3}
+# Stage 2 on ImageNet: 300 epochs for Ti and S, 150 for B. A run that was stopped goes on when the script is started
+# again. Variables are in tools/stage.sh and here. RECIPE=paper: the list of sub-networks grows in the first 50 epochs.
+# Several machines: NODES=4 NODE_RANK=0..3 MASTER=host:port, the same on each but for the rank; srun says them by itself.
+. "$(dirname "$0")/tools/stage.sh"
 BATCH=${BATCH:-128}               # per GPU; the learning rate follows the total
-NODES=${NODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-MASTER=${MASTER:-localhost:29500}
+NODES=${NODES:-${SLURM_STEP_NUM_NODES:-1}}
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+if [ "$NODES" -gt 1 ]; then
+    : "${MASTER:=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))}"
+    machines="--nnodes=$NODES --node-rank=$NODE_RANK --master-addr=${MASTER%:*} --master-port=${MASTER##*:}"
+fi
+recipe=
+[ "$RECIPE" = ours ] || recipe="--mask-table none --grow-epochs 50 --drop-ratio 0.875 --proxy-samples 1024"
 
 for model in $MODELS; do
     epochs=300
-    [ $model = vit_base ] && epochs=150
-    $PYTHON -m torch.distributed.run --nnodes=$NODES --node-rank=$NODE_RANK --nproc-per-node=$GPUS \
-        --master-addr=${MASTER%:*} --master-port=${MASTER#*:} main_train.py --model $model --data-path $DATA \
-        --pretrained $OUTPUT/reparam/$model/reparamed.pth --batch-size $BATCH --epochs $epochs --warmup-epochs 0 \
-        --grow-epochs 50 --drop-ratio 0.875 --proxy-samples 1024 --resume auto \
-        --output-dir $OUTPUT/peelable/$model "$@"
+    [ "$model" != vit_base ] || epochs=150
+    stage main_train.py --model "$model" --pretrained "$OUTPUT/reparam/$model/reparamed.pth" --batch-size "$BATCH" \
+        --epochs $epochs --warmup-epochs 0 $recipe --resume auto --output-dir "$OUTPUT/peelable/$model" "$@"
 done

@@ -1,6 +1,7 @@
 """A training run: all that training changes, saved so that a stopped run goes on as if it had never been stopped."""
 
 import json
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,19 @@ from utils import InputError, print_once
 BEST_NAME, MID_EPOCH_NAME, LOG_NAME = "best_checkpoint.pth", "mid_epoch.pth", "log.txt"
 RESTORED = ("optimizer", "lr_scheduler", "epoch", "scaler", "max_accuracy", "position")
 POSITION = ("updates", "losses", "loss_sum", "skipped")
+# Arguments that may differ from those of the checkpoint that a run goes on from. Ranks and batches: if their product
+# stays. Where a run starts from is in the checkpoint; main_train.py compares the tables.
+MAY_DIFFER = {
+    "data_path", "num_workers", "pin_mem", "skip_bad_images", "device", "amp", "batch_size", "accum_iter", "world_size",
+    "output_dir", "keep_last", "save_every_steps", "eval_period", "skip_nonfinite", "tensorboard", "model_ema",
+    "pretrained", "checkpoint", "mask_table", "teacher_path", "use_ema", "compensation", "compensate", "calibrate",
+    "op_code", "macs", "macs_ratio", "params", "latency_ms", "latency_device", "latency_batch_size", "finer",
+}  # fmt: skip
+NOT_COMPARED = {"resume", "rank", "given"}
+
+
+class FlagsDiffer(InputError):
+    """A run cannot go on with these flags, from any of its checkpoints."""
 
 
 class TrainingRun:
@@ -26,7 +40,7 @@ class TrainingRun:
 
     Position: ``epoch`` is under way and ``updates`` of its updates are done, with a mean loss of ``loss_sum /
     losses``; ``skipped`` counts updates left out for a non-finite loss. ``parallel`` is the model, wrapped for several
-    ranks.
+    ranks. find_unused: whether a backward pass may leave parameters out, as that of a sub-network without a branch.
 
         with run.files(output, more):       # a stop by a signal is saved
             for epoch in run.epochs():      # from where the run stands
@@ -34,7 +48,7 @@ class TrainingRun:
                 run.finish_epoch(figures, score)
     """
 
-    def __init__(self, model, args, device, batches_per_epoch):
+    def __init__(self, model, args, device, batches_per_epoch, find_unused=False):
         self.model, self.args, self.device = model, args, device
         self.updates_per_epoch = batches_per_epoch // args.accum_iter
         if not self.updates_per_epoch:
@@ -42,7 +56,9 @@ class TrainingRun:
         # DeiT's rule: the rate is given for 512 images a step.
         self.batch = args.batch_size * args.accum_iter * utils.world_size()
         self.lr = args.lr if args.unscale_lr else args.lr * self.batch / 512
-        self.optimizer = create_optimizer_v2(model, opt=args.opt, lr=self.lr, weight_decay=args.weight_decay)
+        utils.at_most(args, "min_lr", args.lr, f"--lr is {args.lr:g}")
+        utils.at_most(args, "warmup_epochs", args.epochs, f"--epochs is {args.epochs}")
+        self.optimizer = self._optimizer(model)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
             warmup_epochs=args.warmup_epochs, updates_per_epoch=self.updates_per_epoch,
@@ -52,8 +68,12 @@ class TrainingRun:
         self.max_accuracy, self.skipped = 0.0, 0
         self.resumed = self.written = self.board = None
         self.begin_epoch(0)
-        # A sub-network without a branch leaves that branch's parameters out of the backward pass.
-        self.parallel = DistributedDataParallel(model, find_unused_parameters=True) if utils.is_distributed() else model
+        self.parallel = model
+        if utils.is_distributed():
+            self.parallel = DistributedDataParallel(model, find_unused_parameters=find_unused)
+
+    def _optimizer(self, parameters):
+        return create_optimizer_v2(parameters, opt=self.args.opt, lr=self.lr, weight_decay=self.args.weight_decay)
 
     def update(self, step):
         """One optimiser step with the gradients that are there; ``step`` is the global one."""
@@ -130,18 +150,36 @@ class TrainingRun:
         more: function without arguments that returns further members of a checkpoint.
         """
         self.output, self.more = output, more
+        utils.catch_signals(signal.SIGINT)
+        if self.resumed:
+            print_once(f"going on from epoch {self.epoch}, update {self.updates}: {self.resumed}")
+            if self.args.resume != "auto" and utils.is_main():
+                self._give_up_what_is_later()
         if self.args.tensorboard and utils.is_main():
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by others
 
             self.board = SummaryWriter(output, purge_step=self.epoch)
-        utils.catch_signals()
         trim_log(output / LOG_NAME, self.epoch)
         try:
             yield
         except utils.Interrupted:
-            # Evaluation and importance change nothing that is saved, so whichever rank gets here can write.
-            self.save_mid_epoch()
+            self.save_mid_epoch()  # evaluation and importance change nothing that is saved
+            utils.barrier()  # no rank ends, and has the others killed, before it is written
             raise
+
+    def _give_up_what_is_later(self):
+        """Rename what the folder holds beyond where the run goes on, so that neither 'auto' nor stage 3 finds it."""
+        here, found = (self.epoch, self.updates), numbered_checkpoints(self.output)
+        later = [path for number, path in found.items() if number >= self.epoch]
+        others = [self.output / MID_EPOCH_NAME, self.output / BEST_NAME]
+        later += [path for path in others if (_position(path) or here) > here]
+        for path in later:
+            path.rename(path.with_name(f"{path.name}.superseded"))
+        if self.output / BEST_NAME in later:
+            self.max_accuracy = 0.0  # there is no file of it any more
+        if later:
+            print_once(f"note: later than that, and so renamed to *.superseded: {', '.join(p.name for p in later)}")
+        self.save_mid_epoch()  # 'auto' goes on from here, whenever this life ends
 
     def content(self):
         """The layout of the published super-networks, whose 'epoch' is the last complete one, and the position."""
@@ -189,7 +227,7 @@ class TrainingRun:
             try:
                 return path, self.restore(path)
             except InputError as error:
-                if self.args.resume != "auto":
+                if self.args.resume != "auto" or isinstance(error, FlagsDiffer):
                     raise
                 print_once(f"note: passed over: {error}")
                 passed, first = [*passed, path], first or error
@@ -203,20 +241,21 @@ class TrainingRun:
         missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in content]
         if missing:
             raise InputError(f"--resume {path}: cannot be resumed from, it has no {', '.join(missing)}")
+        self._compare_arguments(content, path)
         load_weights(self.model, content["model"], path)
-        if self.ema and content.get("model_ema"):
-            load_weights(self.ema.module, content["model_ema"], path)
+        if self.ema:
+            load_weights(self.ema.module, content.get("model_ema") or content["model"], path)
         if wrong := other_kind({name: value for name, value in own.items() if name in RESTORED}, content):
             raise InputError(f"--resume {path}: cannot be resumed from, its member {wrong} is of another kind")
         try:
             self.optimizer.load_state_dict(content["optimizer"])
             self.scheduler.load_state_dict(content["lr_scheduler"])
-            self.scaler.load_state_dict(content.get("scaler") or {})
-            values = [value for state in self.optimizer.state.values() for value in state.values()]
-            if not all(isinstance(value, torch.Tensor | int | float | list | None) for value in values):
-                raise TypeError("the optimiser's state holds more than numbers")
+            if content.get("scaler"):
+                self.scaler.load_state_dict(content["scaler"])
+            self._check_optimizer_state()
         except Exception as error:  # each raises whatever a state of something else makes it
             raise InputError(f"--resume {path}: cannot be resumed from ({type(error).__name__}: {error})") from None
+        self.lr = self.optimizer.param_groups[0].get("initial_lr", self.lr)
         self.begin_epoch(content["epoch"] + 1)
         self.max_accuracy = content.get("max_accuracy", 0.0)
         for name in POSITION:
@@ -224,6 +263,39 @@ class TrainingRun:
             setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
         self.resumed = path
         return content
+
+    def _compare_arguments(self, content, path):
+        """Say which arguments are not those of a checkpoint. Raises FlagsDiffer if the run would be another one."""
+        if "position" not in content:
+            return print_once(f"note: {path} is of another program: its learning rate and schedule are taken over")
+        then, now = getattr(content.get("args"), "__dict__", {}), vars(self.args)
+        may_differ = set(MAY_DIFFER)
+        if len({a.get("batch_size", 0) * a.get("accum_iter", 0) * a.get("world_size", 0) for a in (then, now)}) > 1:
+            may_differ -= {"batch_size", "accum_iter", "world_size"}
+        if bool(then.get("mask_table")) != bool(now.get("mask_table")):
+            may_differ -= {"mask_table"}
+        if self.args.sched in ("step", "multistep"):
+            may_differ |= {"epochs"}  # these do not look ahead
+        changed = [name for name in now if name in then and name not in NOT_COMPARED and now[name] != then[name]]
+        words = {name: f"--{name.replace('_', '-')} {now[name]} (there {then[name]})" for name in changed}
+        if refused := [words[name] for name in changed if name not in may_differ]:
+            raise FlagsDiffer(f"--resume {path}: trained otherwise than {', '.join(refused)}; give it the same flags")
+        if changed:
+            print_once(f"note: otherwise than in {path}: {', '.join(words.values())}")
+
+    def _check_optimizer_state(self):
+        """Raise ValueError if what the optimiser has loaded is not what it keeps for parameters of these shapes."""
+        own = {p.shape: nn.Parameter(torch.zeros(p.shape)) for p in self.model.parameters()}
+        fresh = self._optimizer(list(own.values()))
+        for parameter in own.values():
+            parameter.grad = torch.zeros_like(parameter)
+        fresh.step()
+        for name, parameter in self.model.named_parameters():
+            expected, state = fresh.state[own[parameter.shape]], self.optimizer.state.get(parameter, {})
+            # A parameter that has had no gradient has no state.
+            wrong = state and (next(iter(expected.keys() - state.keys()), None) or other_kind(expected, state))
+            if wrong:
+                raise ValueError(f"the optimiser's {wrong} of {name} is missing, or of another shape or kind")
 
 
 def other_kind(own, saved):
@@ -286,14 +358,16 @@ def _position(path):
 
 
 def trim_log(path, epoch):
-    """Drop what a log in DeiT's format holds of ``epoch`` and later, and a last line cut short."""
+    """Drop what a log in DeiT's format holds of ``epoch`` and later, and lines that cannot be read."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, unread = [], 0
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["epoch"] < epoch:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
+        except (ValueError, LookupError, TypeError, RecursionError):
+            unread += 1
+    if unread:
+        print_once(f"note: {path}: left out {unread} line(s) that cannot be read")
     utils.save_text("".join(kept), path)

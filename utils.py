@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import fcntl
 import hashlib
 import io
 import json
@@ -18,10 +19,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from timm.utils import is_distributed_env, world_info_from_env
 from tqdm import tqdm
 
 
@@ -96,7 +97,8 @@ class StageParser(argparse.ArgumentParser):
     """An ArgumentParser that reads underscores in flags as dashes.
 
     checks: functions of the parsed arguments that raise InputError if flags contradict each other. Whatever is wrong
-    with a command line becomes one line and exit code 2.
+    with a command line becomes one line and exit code 2. The parsed arguments have a further member ``given``: the
+    names of those that the command line has.
     """
 
     def __init__(self, *args, **kwargs):
@@ -117,7 +119,9 @@ class StageParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        self.exit(2, printable(f"error: {message}; --help explains every flag\n"))
+        # All ranks have the same command line: one of them says what is wrong with it.
+        words = printable(f"error: {message}; --help explains every flag\n")
+        self.exit(2, words if ranks_in_environment()[1] == 0 else None)
 
     def _instead_of(self, flag):
         """What an unknown ``flag`` may stand for, in words."""
@@ -132,7 +136,10 @@ class StageParser(argparse.ArgumentParser):
                 words[-1] += word
             else:
                 words.append(dashed(word))
-        return super().parse_known_args(words, namespace)
+        parsed, rest = super().parse_known_args(words, namespace)
+        flags = {word.partition("=")[0] for word in words}
+        parsed.given = [action.dest for action in self._actions if flags.intersection(action.option_strings)]
+        return parsed, rest
 
 
 # Flags of the paper's own code, and the flag, stage or launcher that does the same here.
@@ -188,6 +195,22 @@ fraction = interval("(0, 1]")
 probability = interval("[0, 1]")
 
 
+def at_most(args, name, most, why):
+    """``args.<name>``; if it is more than ``most`` and the user did not ask for it, it becomes that, with a note.
+
+    why: where the limit comes from, in words. Raises InputError if the user asked for it.
+    """
+    value = getattr(args, name)
+    if value <= most:
+        return value
+    words = f"--{name.replace('_', '-')} {value:g}: {why}"
+    if name in args.given:
+        raise InputError(words)
+    print_once(f"note: {words}, so it is {most:g}")
+    setattr(args, name, most)
+    return most
+
+
 def quantity(text):
     """argparse type: a positive number with an optional unit, ``8.44G``, ``46.53 M`` or ``12000``."""
     try:
@@ -229,25 +252,62 @@ def run_stage(main, args):
     """Run ``main(args)``. Bad input, and what the file system, torch and timm raise, becomes one line and exit code 2.
 
     Errors that only a bug raises (TypeError, AttributeError, KeyError ...) stay tracebacks, and TRACEBACK in the
-    environment makes all others tracebacks too. A run that was stopped by SIGTERM or SIGUSR1 (Slurm's warning) ends
+    environment makes all others tracebacks too. A training run that was told to stop (SIGTERM, SIGUSR1, Ctrl-C) ends
     with exit code 75, "try again".
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a path
+    if hasattr(args, "resume"):
+        catch_signals(signal.SIGTERM, signal.SIGUSR1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # in the ranks of tools/launch.py they wait until here
+    code = 0
     try:
         main(args)
     except (OSError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(printable(f"error: {_in_words(error)}"), file=sys.stderr, flush=True)
-        # Without the interpreter's clean-up: another rank may be waiting inside a collective for this one.
-        os._exit(2) if is_distributed() else sys.exit(2)
+        code = 2
+        if not _another_rank_says(error):
+            print(printable(f"error: {_in_words(error)}"), file=sys.stderr, flush=True)
     except Interrupted:
-        print("stopped by a signal, saved; the same command with --resume auto goes on", file=sys.stderr, flush=True)
-        os._exit(STOPPED) if is_distributed() else sys.exit(STOPPED)
+        code = _code_of_a_stop()
+        if is_main():
+            words = "stopped by a signal, saved; the same command with --resume auto goes on"
+            print(words, file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+        if is_main():
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
     finally:
+        _unlock()
+        if code and is_distributed():
+            os._exit(code)  # without the interpreter's clean-up: another rank may be inside a collective with this one
         if is_distributed():
             dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+def _another_rank_says(error):
+    """Whether another rank says what is wrong: torchrun then sends SIGTERM within a moment.
+
+    A broken connection is another rank's doing. Any other error is for this rank to tell, unless rank 0 does.
+    """
+    broken = isinstance(error, dist.DistError) or "gloo" in str(error)
+    _, own, ranks = ranks_in_environment()
+    if ranks == 1 or not (broken or own):
+        return False
+    before, end = 0 if broken else len(_signals), time.monotonic() + 2
+    while len(_signals) == before and time.monotonic() < end:
+        time.sleep(0.05)
+    return len(_signals) > before
+
+
+def _code_of_a_stop():
+    """The exit code of a rank that was told to stop. torchrun takes any but 0 for a failure, and starts ranks again."""
+    if STOPPED_FILE in os.environ:
+        Path(os.environ[STOPPED_FILE]).touch()
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
 
 
 def _in_words(error):
@@ -264,13 +324,22 @@ def _in_words(error):
 # ------------------------------------------------------------------------------------------ signals
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+# In the environment, by tools/launch.py: the file that its ranks make when they were told to stop.
+STOPPED_FILE = "SKD_STOPPED_FILE"
 _signals = []
 
 
-def catch_signals():
-    """From now on SIGTERM and SIGUSR1 end nothing by themselves: they are noted, for ``stopping``."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+def catch_signals(*numbers):
+    """From now on these signals end nothing by themselves: they are noted, for ``stopping``."""
+    for number in numbers:
         signal.signal(number, lambda number, _frame: _signals.append(number))
+
+
+def ignore_signals(_worker=None):
+    """In a data loading process. Slurm and torchrun signal it too, but the run that it works for says when to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stopping():
@@ -278,22 +347,28 @@ def stopping():
     return bool(_signals)
 
 
+def stop_if_asked():
+    """Raise Interrupted on all ranks if a signal has asked one of them to stop. To be called by all ranks together."""
+    asked = torch.tensor(int(stopping()))
+    if is_distributed() and dist.get_backend() == "nccl":
+        asked = asked.cuda()
+    if all_reduce_max(asked):
+        raise Interrupted
+
+
 # Where there is no terminal, seconds from one line about work under way to the next.
 SECONDS_BETWEEN_LINES = 30
 
 
-def progress(batches, title, done=0, stoppable=True, images=0):
+def progress(batches, title, done=0, images=0):
     """Go through ``batches`` with a progress bar on the main rank, or without a terminal a line now and then.
 
-    done: batches that went before. stoppable: whether a signal raises Interrupted here. Training says no: it finishes
-    a step first, on all ranks together. images: in a batch of all ranks, for the line.
+    done: batches that went before. images: in a batch of all ranks, for the line.
     """
     disable = None if is_main() else True
     bar = tqdm(batches, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done)
     started, said = time.perf_counter(), 0
     for count, batch in enumerate(bar, 1):
-        if stoppable and stopping():
-            raise Interrupted
         yield batch
         seconds = time.perf_counter() - started
         if bar.disable and seconds > said + SECONDS_BETWEEN_LINES:
@@ -303,26 +378,19 @@ def progress(batches, title, done=0, stoppable=True, images=0):
             print_once(f"{title}: {done + count} of {total} batches{rate}, {left} left")
 
 
-def restore_signals(_worker=None):
-    """In a data loading process: let signals end it again."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-
-
 # ------------------------------------------------------------------------------------------ devices and ranks
 
 
 def start_up(args):
-    """Choose device and autocast, join the process group if torchrun or Slurm started this process, and seed it.
+    """Choose device and autocast, join the process group if torchrun or srun started this process, and seed it.
 
     ``args.device`` is ``auto``, ``cpu`` or ``cuda[:i]``; with several ranks each takes the GPU of its local rank. Sets
-    ``args.rank`` and ``args.world_size``, and resolves ``args.amp``. Returns the torch.device. Raises InputError if
-    CUDA is asked for and absent, and what ``_join_ranks`` and ``resolve_amp`` raise.
+    ``args.rank`` and ``args.world_size``, and resolves ``args.amp``. Prints where the stage runs. Returns the
+    torch.device. Raises InputError if CUDA is asked for and absent, and what ``_join_ranks`` and ``resolve_amp`` raise.
     """
     device = choose_device(args.device, "--device")
-    local_rank, args.rank, args.world_size = 0, 0, 1
-    if is_distributed_env():
-        local_rank, args.rank, args.world_size = world_info_from_env()
+    local_rank, args.rank, args.world_size = ranks_in_environment()
+    if args.world_size > 1:
         device = torch.device("cuda", local_rank) if device.type == "cuda" else device
         _join_ranks("nccl" if device.type == "cuda" else "gloo", args.rank, args.world_size)
     if device.index is not None:
@@ -331,11 +399,34 @@ def start_up(args):
     if hasattr(args, "amp"):
         args.amp = resolve_amp(args.amp, device)
     seed_all(args.seed, 0, args.rank)
+    print_once(
+        f"{machine_name(device) if device.type == 'cuda' else 'CPU'}, {args.world_size} rank(s) of "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, timm {timm.__version__}"
+    )
     return device
 
 
+def ranks_in_environment():
+    """(local rank, rank, number of ranks) as torchrun or srun says; (0, 0, 1) for a process by itself.
+
+    Of Slurm's variables those of a step that srun has started count, not those of the job around it. The address of
+    the first rank is derived from them.
+    """
+    names = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
+    if "WORLD_SIZE" not in os.environ:
+        names = ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    if int(os.environ.get(names[2], 1)) == 1:
+        return 0, 0, 1
+    if names[0].startswith("SLURM"):
+        host = re.match(r"([^,[]+)(?:\[(\d+))?", os.environ["SLURM_STEP_NODELIST"])  # as a1,b2 or a[1-3,7]
+        os.environ.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
+        step = int(os.environ["SLURM_JOB_ID"] + os.environ["SLURM_STEP_ID"])
+        os.environ.setdefault("MASTER_PORT", str(20000 + step % 10000))
+    return tuple(int(os.environ[name]) for name in names)
+
+
 def _join_ranks(backend, rank, world_size):
-    """Make the process group of the ranks that torchrun or Slurm has started.
+    """Make the process group of the ranks that torchrun or srun has started.
 
     torchrun's agent serves one key-value store to all lives of the ranks. A rank that starts again would find there the
     addresses of the life before, and wait for ports that nobody listens on. So each life gets a part of the store of
@@ -480,6 +571,14 @@ def resolve_amp(amp, device):
 # ------------------------------------------------------------------------------------------ files
 
 
+LEFT_OVER = ".*.skd-part"
+
+
+def temporary_path(folder, name):
+    """Where this process writes what is to be called ``name``. What a killed run leaves is known by LEFT_OVER."""
+    return Path(folder) / f".{name}.{os.getpid()}.skd-part"
+
+
 @contextmanager
 def atomic_file(path):
     """Yield a temporary path beside ``path``. On success it is flushed and renamed to ``path``, else removed.
@@ -487,7 +586,7 @@ def atomic_file(path):
     Raises InputError if the file system refuses, for example because it is full or read-only.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = temporary_path(path.parent, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -568,22 +667,54 @@ def append_json_line(record, path):
 
 
 def output_folder(path, flag="--output-dir"):
-    """Make the output folder on the main rank and check that it can be written to. Raises InputError."""
+    """Make the output folder on the main rank, for this process alone, and check that it can be written to. Removes
+    what a run that was killed was writing. Raises InputError."""
     path = Path(path)
     if is_main():
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".write_test.{os.getpid()}.part"
+            _lock(path, flag)
+            for left in path.glob(LEFT_OVER):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            probe = temporary_path(path, "write_test")
             try:
                 probe.write_bytes(bytes(4096))  # an empty file fits onto a full disk
             finally:
                 probe.unlink(missing_ok=True)
-            for leftover in path.glob(".*.part"):  # of a run that was killed while writing
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         except OSError as error:
             raise unwritable(f"{flag} {path}", error) from None
     barrier()
     return path
+
+
+_locks = []
+
+
+def _lock(folder, flag):
+    """Keep other runs out of ``folder`` until this process ends. Raises InputError if one is in it.
+
+    The system releases the lock of a process that dies, and file systems that machines share keep it for all of them.
+    """
+    while True:
+        file = open(folder.absolute() / ".lock", "ab+", buffering=0)  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise InputError(f"{flag} {folder}: {file.read().decode()} is writing there; take another folder") from None
+        except OSError as error:
+            return print_once(f"note: {flag} {folder}: no locks there ({error.strerror}): keep other runs out of it")
+        if os.fstat(file.fileno()).st_nlink:  # else its holder has ended, and removed it, in between
+            break
+    _locks.append(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}".encode())
+
+
+def _unlock():
+    while _locks:
+        with _locks.pop() as file:
+            Path(file.name).unlink(missing_ok=True)
 
 
 class Stopwatch:

@@ -341,8 +341,10 @@ def test_a_folder_left_by_a_killed_run_goes_and_a_save_on_another_disk_works(fol
     mount(folder / "disk", "size=4m")
     try:
         for place in ("disk", "."):
-            (Path(place) / f".{os.getpid()}.part").mkdir()
+            utils.temporary_path(place, "files").mkdir()
+            (Path(place) / ".of_a_user.1.part").touch()
             run_stage(f"main_test.py --checkpoint net --op-code 0 --save {place} --output-dir results")
-            assert Path(place, "model.safetensors").is_file() and not list(Path(place).glob(".*.part"))
+            hidden = {path.name for path in Path(place).glob(".*")}
+            assert Path(place, "model.safetensors").is_file() and hidden == {".of_a_user.1.part"}
     finally:
         unmount(folder / "disk")

@@ -12,6 +12,7 @@ from runs import CONTEXT, OPTIONS, child, log_of, torchrun
 
 import utils
 from models.piad import dropout
+from models.vit.pretrained import read_checkpoint
 
 # The requirement, and with it the one bound on time in these tests: seconds from a rank's death to the end of the rest.
 DEATH_IS_NOTICED_IN = 60
@@ -70,6 +71,34 @@ def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(start, tmp_path):
     assert [record["epoch"] for record in log_of(tmp_path / "out")] == [0, 1]
 
 
+# Rank 1 alone is told to stop, in the second evaluation of the first epoch. Rank 0 is the slower one.
+IS_STOPPED = """
+import os, signal, sys, time
+import main_train, utils
+from runs import once, signal_self, wrap
+
+rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+print(f"life {life} of rank {rank}", flush=True)
+if rank == 1:
+    signal_self(("main_train", "evaluate"), 2, signal.SIGTERM)
+else:
+    wrap("engine", "accuracy", lambda: time.sleep(0.2))
+utils.run_stage(main_train.main, main_train.get_args(sys.argv[1:]))
+"""
+
+
+def test_one_rank_told_to_stop_stops_all_and_torchrun_does_not_start_them_again(start, tmp_path):
+    script, folder = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(IS_STOPPED)
+    options = [*OPTIONS, "--pretrained", start, "--batch-size", "64", "--output-dir", folder]
+    output, code = torchrun(script, *options, restarts=2)
+    assert code == 0 and output.count("stopped by a signal, saved") == 1, output
+    assert "life 0 of rank 1" in output and "life 1" not in output and "rror" not in output
+    content = read_checkpoint(folder / "mid_epoch.pth")
+    assert content["epoch"] == -1 and content["position"]["updates"] == content["position"]["losses"] > 0
+    assert {path.name for path in folder.iterdir()} == {"mid_epoch.pth", "mask_table.json"}
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """A function that joins the ranks as torchrun's environment says and returns the store that they would use."""
@@ -125,6 +154,26 @@ def test_every_rank_takes_its_own_gpu(device, ranks, chosen, current, monkeypatc
     assert set_to == current
     assert backends == ([("nccl", 1, 2)] if ranks == "2" else [])
     assert (args.rank, args.world_size) == ((1, 2) if ranks == "2" else (0, 1))
+
+
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "2"}
+
+
+@pytest.mark.parametrize(("environment", "ranks", "address"), [
+    ({"SLURM_NTASKS": "8"}, (0, 0, 1), None),  # a shell of salloc, and a process that it starts
+    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 0, 1), None),  # a batch script
+    (STEP | {"SLURM_STEP_NODELIST": "gpu[07-08,11]"}, (1, 3, 4), "gpu07:25542"),
+    (STEP | {"SLURM_STEP_NODELIST": "a-1,b-2", "MASTER_ADDR": "b-2", "MASTER_PORT": "5"}, (1, 3, 4), "b-2:5"),
+    (STEP | {"SLURM_STEP_NODELIST": "a", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, (0, 0, 1), None),
+])  # fmt: skip
+def test_ranks_are_torchrun_s_or_those_of_a_step_of_slurm(environment, ranks, address, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in ({"SLURM_JOB_ID": "1554"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert utils.ranks_in_environment() == ranks
+    assert address in (None, f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
 
 
 def as_rank(rank, port):

@@ -1,7 +1,9 @@
 """Runs that are killed or told to stop, against one that is left alone: equal to the bit."""
 
 import itertools
+import multiprocessing
 import os
+import platform
 import random
 import shutil
 import signal
@@ -99,7 +101,7 @@ def test_killed_at_twenty_random_moments(seed, whole, start, tmp_path):
 
 @pytest.mark.parametrize(
     ("where", "times", "number"),
-    [(BACKWARD, 7, signal.SIGTERM), (EVALUATE, 9, signal.SIGUSR1), (IMPORTANCE, 2, signal.SIGUSR1)],
+    [(BACKWARD, 7, signal.SIGTERM), (EVALUATE, 9, signal.SIGUSR1), (IMPORTANCE, 2, signal.SIGINT)],
 )
 def test_a_signal_ends_the_step_saves_and_says_so_by_its_exit_code(where, times, number, whole, start, tmp_path):
     patch = signal_self, where, times, number
@@ -153,7 +155,7 @@ def test_a_table_of_another_run_is_noticed(whole, tmp_path):
 def test_the_log_is_trimmed_to_what_was_saved(tmp_path):
     log = tmp_path / "log.txt"
     training.trim_log(log, 3)
-    log.write_text('{"epoch": 0, "a": 1}\n{"epoch": 1}\n{"epoch": 2, "b')
+    log.write_bytes(b'{"epoch": 0, "a": 1}\n\xff\x00\n[]\n{"epoch": "x"}\n3\n{"epoch": 1}\n{"epoch": 2, "b')
     training.trim_log(log, 1)
     assert log.read_text() == '{"epoch": 0, "a": 1}\n'
 
@@ -205,22 +207,146 @@ def poison(times):
     engine._backward = lambda *args: original(*args) * (float("inf") if next(calls) == times else 1.0)
 
 
-# ------------------------------------------------------------------------------------------ members of other kinds
+# ------------------------------------------------------------------------------------------ in this process
+
+CPU = torch.device("cpu")
+
+
+def new_run(folder, **changes):
+    """A run of four batches an epoch that writes into ``folder``, and goes on there as ``resume`` says."""
+    args = {"resume": "auto", "keep_last": 9, "opt": "adamw", "given": [], "rank": 0, "world_size": 1}
+    run = TrainingRun(tiny_supernet(), training_args(**args | changes), CPU, 4)
+    run.output, run.more = folder, dict
+    return run
+
+
+def write_checkpoints(folder, count, **changes):
+    """``count`` epochs of one update each, with gradients of zero."""
+    run = new_run(folder, **changes)
+    for epoch in range(count):
+        for parameter in run.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        run.update(epoch)
+        run.begin_epoch(epoch)
+        run._save_epoch(best=epoch == count - 1)
 
 
 @pytest.mark.parametrize("member", ["optimizer", "lr_scheduler", "epoch", "max_accuracy", "position", "model"])
 @pytest.mark.parametrize("value", ["text", [1], {"state": 1, "base_values": "x", "updates": "x"}, None])
 def test_a_member_of_another_kind_is_refused_and_auto_goes_on_from_the_one_before(member, value, tmp_path, capsys):
-    args = training_args(resume="auto", keep_last=9, opt="adamw", save_every_steps=0)
-    for epoch in range(2):
-        run = TrainingRun(tiny_supernet(), args, torch.device("cpu"), 4)
-        run.output, run.more = tmp_path, dict
-        run.begin_epoch(epoch)
-        run._save_epoch(best=False)
+    write_checkpoints(tmp_path, 2)
     newest = tmp_path / "checkpoint_1.pth"
     torch.save(read_checkpoint(newest) | {member: value}, newest)
-    run = TrainingRun(tiny_supernet(), args, torch.device("cpu"), 4)
+    run = new_run(tmp_path)
     path, _ = run.resume(tmp_path)
     assert path == tmp_path / "checkpoint_0.pth" and run.epoch == 1 and "passed over" in capsys.readouterr().out
     with pytest.raises(utils.InputError, match="checkpoint_1"):
-        TrainingRun(tiny_supernet(), training_args(resume=str(newest)), torch.device("cpu"), 4).resume(tmp_path)
+        new_run(tmp_path, resume=str(newest)).resume(tmp_path)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lamb", "adafactor"])
+def test_an_optimiser_takes_its_own_state_and_no_other(opt, tmp_path):
+    write_checkpoints(tmp_path, 1, opt=opt)
+    path = tmp_path / "checkpoint_0.pth"
+    new_run(tmp_path, opt=opt).restore(path)
+    content = read_checkpoint(path)
+    tensors = {(i, n): v for i, s in content["optimizer"]["state"].items() for n, v in s.items() if n.startswith("exp")}
+    (index, name), value = next((key, value) for key, value in tensors.items() if value.ndim)
+    state = content["optimizer"]["state"][index]
+    for damaged in (state | {name: value[..., :-1]}, {other: v for other, v in state.items() if other != name}):
+        content["optimizer"]["state"][index] = damaged
+        torch.save(content, path)
+        with pytest.raises(utils.InputError, match=f"{name} of .* is missing, or of another shape"):
+            new_run(tmp_path, opt=opt).restore(path)
+
+
+def test_going_back_to_a_checkpoint_gives_up_what_is_later(tmp_path, capsys):
+    write_checkpoints(tmp_path, 4)
+    mid = new_run(tmp_path)
+    mid.begin_epoch(4)
+    mid.updates = 2
+    mid.save_mid_epoch()
+    run = new_run(tmp_path, resume=str(tmp_path / "checkpoint_1.pth"))
+    run.resume(tmp_path)
+    with run.files(tmp_path):
+        pass
+    names = {path.name for path in tmp_path.iterdir()}
+    later = {f"{name}.pth.superseded" for name in ("checkpoint_2", "checkpoint_3", "mid_epoch", "best_checkpoint")}
+    assert names == {"checkpoint_0.pth", "checkpoint_1.pth", "mid_epoch.pth"} | later
+    assert "going on from epoch 2, update 0: " in capsys.readouterr().out
+    again = new_run(tmp_path)
+    again.resume(tmp_path)
+    assert (again.epoch, again.updates, again.max_accuracy) == (2, 0, 0.0)
+
+
+def test_flags_are_compared_with_those_of_the_checkpoint(tmp_path, capsys):
+    write_checkpoints(tmp_path, 1, mask_table="a.json")
+    path = tmp_path / "checkpoint_0.pth"
+    refused = [
+        ({"lr": 0.5, "sched": "step"}, "--lr 0.5 (there 0.01), --sched step (there cosine)"),
+        ({"epochs": 9}, "--epochs 9 (there 2)"),
+        ({"batch_size": 16}, "--batch-size 16 (there 8)"),
+        ({"mask_table": None}, "--mask-table None (there a.json)"),
+    ]
+    for changes, words in refused:
+        with pytest.raises(utils.InputError) as caught:
+            new_run(tmp_path, **{"mask_table": "a.json"} | changes).resume(tmp_path)
+        assert str(caught.value) == f"--resume {path}: trained otherwise than {words}; give it the same flags"
+    assert "passed over" not in capsys.readouterr().out
+    run = new_run(tmp_path, mask_table="b.json", batch_size=4, accum_iter=2, keep_last=3, model_ema=True)
+    run.resume(tmp_path)
+    words = (
+        "--batch-size 4 (there 8), --accum-iter 2 (there 1), --model-ema True (there False), --keep-last 3 (there 9)"
+    )
+    assert set(capsys.readouterr().out.partition(".pth: ")[2].strip().split(", ")) > set(words.split(", "))
+
+
+def test_the_official_code_s_checkpoint_is_gone_on_from(tmp_path, capsys):
+    """Its schedule and averaged weights are in it or not; its arguments may be of any kind, or missing."""
+    write_checkpoints(tmp_path, 1, lr=0.25)
+    path = tmp_path / "checkpoint_0.pth"
+    content = {name: value for name, value in read_checkpoint(path).items() if name not in ("position", "args")}
+    content["model"]["head.bias"] += 1
+    torch.save(content, path)
+    run = new_run(tmp_path, model_ema=True)
+    run.resume(tmp_path)
+    assert run.epoch == 1 and run.lr == run.optimizer.param_groups[0]["initial_lr"] == 0.25
+    assert torch.equal(run.ema.module.head.bias, content["model"]["head.bias"])
+    assert "is of another program: its learning rate and schedule are taken over" in capsys.readouterr().out
+
+
+def test_defaults_give_way_and_what_was_asked_for_does_not(capsys):
+    run = new_run(None, warmup_epochs=5, epochs=3, min_lr=1.0)
+    assert (run.args.warmup_epochs, run.args.min_lr) == (3, 0.01)
+    assert "note: --warmup-epochs 5: --epochs is 3, so it is 3\n" in capsys.readouterr().out
+    args = training_args(proxy_samples=9, given=["proxy_samples"])
+    with pytest.raises(utils.InputError, match="--proxy-samples 9: there are 8"):
+        utils.at_most(args, "proxy_samples", 8, "there are 8")
+
+
+# ------------------------------------------------------------------------------------------ one run in a folder
+
+
+def enter(folder, end):
+    """In a process of its own: take ``folder``, and end by a signal; or end with 0 if another run is in it."""
+    try:
+        utils.output_folder(folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+    except utils.InputError as error:
+        assert str(error) == f"--output-dir {folder}: {end} is writing there; take another folder"
+
+
+def test_a_folder_has_one_run_at_a_time_and_only_our_leftovers_are_removed(tmp_path):
+    here = f"process {os.getpid()} on {platform.node()}"
+    (tmp_path / ".log.txt.1.skd-part").touch()
+    (tmp_path / ".of_a_user.1.part").touch()
+    utils.output_folder(tmp_path)
+    for code in (0, -signal.SIGKILL):
+        process = multiprocessing.get_context("fork").Process(target=enter, args=(tmp_path, here))
+        process.start()
+        process.join(60)
+        assert process.exitcode == code
+        utils._unlock()
+    utils.output_folder(tmp_path)  # a dead process has no lock
+    utils._unlock()
+    assert [path.name for path in tmp_path.iterdir()] == [".of_a_user.1.part"]

@@ -122,7 +122,7 @@ def test_ten_minutes_of_stopping_and_going_on(start, tmp_path):
             code = end_of(process, seconds, next(signals))
             ends.append(code)
             most = max(most, sum(path.stat().st_size for path in folder.glob("*")))
-            assert len(list(folder.glob(".*"))) <= 1, "more than what the last life was writing"
+            assert len(list(folder.glob(utils.LEFT_OVER))) <= 1, "more than what the last life was writing"
         assert_same_run(folder, whole)
         shutil.rmtree(folder)
         runs += 1

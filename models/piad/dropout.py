@@ -137,6 +137,11 @@ class DropoutList:
         """Whether the list will grow no further."""
         return self.growth is None or self._cost_of_last() <= self._target(self.growth.epochs)
 
+    @property
+    def loses_branches(self):
+        """Whether a sub-network of the list has, or may come to have, no more of a branch."""
+        return self.growth is not None or 0 in self.table.steps[-1].flat
+
     def _cost_of_last(self):
         return self.costs.macs(self.table.steps[-1])
 

@@ -121,7 +121,7 @@ def _atomic_folder(folder):
 
     Raises InputError if the file system refuses.
     """
-    place = folder / f".{os.getpid()}.part"  # inside: another folder may be on another disk
+    place = utils.temporary_path(folder, "files")  # inside: another folder may be on another disk
     try:
         place.mkdir(parents=True)
         yield place
