@@ -101,11 +101,15 @@ class Bench(common.Bench):
         return stored(self.args.work / f"{basis} {order} {objective}.pth", make)
 
     def sizes(self, objective):
-        """{name: Widths} that are measured."""
-        table = self.dropout(1, self.start("balanced", "greedy", objective)[1]).table
-        shares = zip(SHARES, common.at_shares(table, self.costs, SHARES), strict=True)
-        found = {f"{share:.2f} of the MACs": widths for share, widths in shares}
-        return found | {f"{s:.3g} of all widths": common.scaled(self.full, s, s) for s in UNIFORM}
+        """{name: Widths} that are measured, in a file."""
+
+        def make():
+            table = self.dropout(1, self.start("balanced", "greedy", objective)[1]).table
+            shares = zip(SHARES, common.at_shares(table, self.costs, SHARES), strict=True)
+            found = {f"{share:.2f} of the MACs": widths for share, widths in shares}
+            return found | {f"{s:.3g} of all widths": common.scaled(self.full, s, s) for s in UNIFORM}
+
+        return stored(self.args.work / f"sizes {objective}.pth", make)
 
     def score(self, how, widths):
         *start, way = how
