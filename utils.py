@@ -696,7 +696,7 @@ def _lock(folder, flag):
     The system releases the lock of a process that dies, and file systems that machines share keep it for all of them.
     """
     while True:
-        file = open(folder.absolute() / ".lock", "ab+", buffering=0)  # noqa: SIM115
+        file = open(folder.absolute() / ".skd-lock", "ab+", buffering=0)  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
