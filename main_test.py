@@ -1,6 +1,5 @@
 """Stage 3: cut sub-networks of any size out of a super-network, evaluate them, and write a table and files of them."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,14 +24,8 @@ def get_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", help="folder of results.json and results.csv (default: output/test/<model>)")
     add("--save", metavar="DIR", help="write what is cut: model.safetensors, config.json, README.md")
-    add(
-        "--export",
-        nargs="+",
-        default=[],
-        choices=export.FORMATS,
-        help="also as ONNX, torch.export or int8 ONNX (which needs the first), into --save (default: "
-        "<output-dir>/saved)",
-    )
+    words = "also as ONNX, torch.export or int8 ONNX (which needs the first), into --save (default: <output-dir>/saved)"
+    add("--export", nargs="+", default=[], choices=export.FORMATS, help=words)
     add("--benchmark", action="store_true", help="measure latency and images/s in turns, of ONNX exports too")
     words = "names of the checkpoint's classes, a line each, if the data set has some of them (default: ImageNet's)"
     add("--class-map", metavar="FILE", help=words)
@@ -87,12 +80,8 @@ def cutting_flags(args):
 
 def check_export(args):
     """Raise InputError if packages that --export or --page needs are not installed, or if ranks would export alike."""
-    if args.page is not None and not find_spec("plotly"):
-        raise InputError("--page needs plotly: pip install plotly")
-    missing = export.missing_packages(args.export)
-    if missing:
-        words = " ".join(missing)
-        raise InputError(f"--export {' '.join(args.export)} needs {', '.join(missing)}: pip install {words}")
+    utils.need(f"--export {' '.join(args.export)}", export.packages(args.export))
+    utils.need("--page", ["plotly"] if args.page is not None else [])
     if args.export and utils.world_size() > 1:
         raise InputError("--export runs in one process: start it without torchrun")
     if args.benchmark and options.is_file(args):

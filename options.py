@@ -2,7 +2,6 @@
 
 import math
 import shlex
-from importlib.util import find_spec
 from pathlib import Path
 
 import timm
@@ -208,8 +207,7 @@ def check_training(args):
     """Raise InputError if the training options contradict each other, or name what timm does not have."""
     if args.nb_classes == 0:
         raise InputError("--nb-classes 0: training needs a classifier; give the number of classes, or leave it out")
-    if args.tensorboard and not find_spec("tensorboard"):
-        raise InputError("--tensorboard needs tensorboard: pip install tensorboard")
+    utils.need("--tensorboard", ["tensorboard"] if args.tensorboard else [])
     if args.warmup_epochs > args.epochs and "warmup_epochs" in args.given:
         raise InputError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.min_lr > args.lr and "min_lr" in args.given:

@@ -137,11 +137,9 @@ class TrainingRun:
     def _clock(self):
         """Figures of the epoch that is under way which are not the same in every run."""
         watch, first = self.begun
-        done, left = self.epoch + 1 - first, self.args.epochs - self.epoch - 1
-        minutes, megabytes = watch.seconds() / done * left / 60, utils.peak_memory_mb(self.device)
-        return {
-            "seconds": round(self.watch.seconds(), 1), "minutes_left": round(minutes, 1), "peak_memory_mb": megabytes
-        }  # fmt: skip
+        left = watch.seconds() / (self.epoch + 1 - first) * (self.args.epochs - self.epoch - 1)
+        clock = {"seconds": round(self.watch.seconds(), 1), "minutes_left": round(left / 60, 1)}
+        return clock | {"peak_memory_mb": utils.peak_memory_mb(self.device)}
 
     @contextmanager
     def files(self, output, more=dict):

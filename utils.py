@@ -4,6 +4,7 @@ import argparse
 import difflib
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -56,6 +57,12 @@ def name_flag(flag, file_flag=None):
     except ModelError as error:
         instead = f"; give a file of weights with {file_flag}" if error.needs_file and file_flag else ""
         raise InputError(f"{flag} {error}{instead}") from None
+
+
+def need(flag, packages):
+    """Raise InputError, with the command that installs them, if some ``packages`` that ``flag`` needs are missing."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise InputError(f"{flag} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def first_line(error):

@@ -60,12 +60,10 @@ def main(args):
             flat = [network for found in networks for network in found.values()]
             figures = iter(latency.measure(flat, device, conditions))
             columns = [{name: next(figures) for name in found} for found in networks]
-            print(f"\n{args.model}, {conditions}; ms per batch, and how much faster than the full one in PyTorch\n")
+            whole = columns[0]["PyTorch"]
+            print(f"\n{args.model}, {conditions}; times as fast as all of it in PyTorch ({whole:.1f} ms)\n")
             head = ["", *(f"{share} of the MACs" for share in SHARES)]
-            rows = [
-                [name, *(f"{c[name]:.1f} ({columns[0]['PyTorch'] / c[name]:.2f}x)" for c in columns)]
-                for name in columns[0]
-            ]
+            rows = [[name, *(f"{whole / column[name]:.2f}" for column in columns)] for name in columns[0]]
             print("\n".join(common.markdown(head, rows)))
     print(f"\nThe logits differ from PyTorch's by at most {worst:.0e} of the largest.")
 

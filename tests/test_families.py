@@ -286,6 +286,15 @@ def test_chosen_parts_are_left_alone(tmp_path, start):
         assert steps[-1] == Units.of(steps[0], None, least).least, "the table ends at the least widths"
 
 
+def test_a_table_for_hardware_has_multiples(tmp_path, start):
+    options = [*DIGITS, "--model", "vit_digits", "--pretrained", str(start), "--proxy-samples", "64"]
+    main_reparam.main(main_reparam.get_args([*options, "--multiple-of", "64", "--output-dir", str(tmp_path)]))
+    steps = WidthTable.load(tmp_path / "mask_table.json").steps
+    assert {width for widths in steps for width in widths.mlp} == {0, 64, 128, 192, 256}
+    assert {width for widths in steps for width in widths.attn} <= {0, 8, 16}
+    assert (tmp_path / "density.png").stat().st_size > 10_000
+
+
 def test_python_m_models_tells_what_a_model_offers_and_why_another_has_nothing(capsys, monkeypatch):
     names = ["swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "resnet18"]
     monkeypatch.setattr("sys.argv", ["models", *names])

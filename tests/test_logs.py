@@ -85,7 +85,7 @@ def test_the_drawn_sizes_are_those_that_were_trained():
 
 
 def test_a_missing_tensorboard_is_named(monkeypatch):
-    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--tensorboard needs tensorboard: pip install tensorboard"):
         options.check_training(Namespace(nb_classes=None, tensorboard=True))
 

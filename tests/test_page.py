@@ -87,7 +87,7 @@ def test_the_slider_moves_and_the_figures_follow_in_a_browser(path):
 
 
 def test_a_missing_plotly_is_named(monkeypatch):
-    monkeypatch.setattr(main_test, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--page needs plotly: pip install plotly"):
         main_test.check_export(Namespace(page=[], export=[]))
 

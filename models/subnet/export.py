@@ -5,7 +5,6 @@ in.
 """
 
 import copy
-import importlib.util
 import json
 import os
 import shutil
@@ -32,10 +31,9 @@ TRACED_BATCH = 2
 MOST_IMAGES = 2**20
 
 
-def missing_packages(formats):
-    """The packages that some of FORMATS need and that are not installed."""
-    needed = () if set(formats) <= {"pt2"} else ("onnx", "onnxscript", "onnxruntime")
-    return [name for name in needed if importlib.util.find_spec(name) is None]
+def packages(formats):
+    """The packages that some of FORMATS need."""
+    return () if set(formats) <= {"pt2"} else ("onnx", "onnxscript", "onnxruntime")
 
 
 def save(subnet, config, folder, formats=()):
