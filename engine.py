@@ -111,29 +111,43 @@ def _backward(run, subnets, images, labels, criterion, teacher, synchronise):
     return total
 
 
-@torch.inference_mode()
 def evaluate(model, loader, device, amp="none"):
     """Evaluate a network at its present widths, on ``device``. loader: of batches (images, labels, ...).
 
     Every rank sees its share of the loader once; the sums are added up exactly. Returns {'loss': mean cross-entropy,
     'top1', 'top5': per cent, 'images', 'images_per_s'}.
     """
-    model.eval()
-    sums, seconds = torch.zeros(4, dtype=torch.float64, device=device), 0.0
+    return evaluate_all([(model, None)], loader, device, amp)[0]
+
+
+@torch.inference_mode()
+def evaluate_all(sizes, loader, device, amp="none"):
+    """``evaluate`` several networks in one pass, which reads each image once. Returns the list of their figures.
+
+    sizes: pairs (network, its Widths, or None for its present ones); a super-network may be in several of them.
+    """
+    for network, _ in sizes:
+        network.eval()
+    sums, seconds = (torch.zeros(len(sizes), n, dtype=torch.float64, device=device) for n in (4, 1))
     for images, labels, *_ in loader:
         images, labels = images.to(device), labels.to(device)
-        watch = utils.Stopwatch(device)
-        with utils.autocast(device, amp):
-            logits = model(images)
-        seconds += watch.seconds()
-        logits = logits.float()
-        top1, top5 = accuracy(logits, labels, topk=(1, 5))
         n = len(labels)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack((loss, top1 * n, top5 * n, torch.tensor(float(n), device=device)))
-    rate = utils.all_reduce_sum(torch.tensor(sums[3].item() / max(seconds, 1e-9), dtype=torch.float64, device=device))
-    loss, top1, top5, n = utils.all_reduce_sum(sums).tolist()
-    return {"loss": loss / n, "top1": top1 / n, "top5": top5 / n, "images": int(n), "images_per_s": rate.item()}
+        for (network, widths), own, spent in zip(sizes, sums, seconds, strict=True):
+            if widths:
+                set_widths(network, widths)
+            watch = utils.Stopwatch(device)
+            with utils.autocast(device, amp):
+                logits = network(images)
+            spent += watch.seconds()
+            logits = logits.float()
+            top1, top5 = accuracy(logits, labels, topk=(1, 5))
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            own += torch.stack((loss, top1 * n, top5 * n, torch.tensor(float(n), device=device)))
+    rates = utils.all_reduce_sum(sums[:, 3:] / seconds.clamp(min=1e-9)).flatten().tolist()
+    figures = []
+    for (loss, top1, top5, n), rate in zip(utils.all_reduce_sum(sums).tolist(), rates, strict=True):
+        figures.append({"loss": loss / n, "top1": top1 / n, "top5": top5 / n, "images": int(n), "images_per_s": rate})
+    return figures
 
 
 @torch.inference_mode()

@@ -8,14 +8,14 @@ import torch
 import datasets
 import options
 import utils
-from engine import evaluate, make_criterion, train_one_epoch
+from engine import evaluate_all, make_criterion, train_one_epoch
 from models.piad.distillation import Distillation, load_teacher
 from models.piad.dropout import DropoutList, Growth
 from models.piad.width_table import TABLE_NAME, WidthTable
 from models.subnet.store import WEIGHTS_NAME, newest_checkpoint
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec, classes_of, load_weights, read_checkpoint
-from models.vit.supernet import as_supernet, set_widths
+from models.vit.supernet import as_supernet
 from models.vit.weights import digest
 from training import TrainingRun
 from utils import InputError, print_once, with_unit
@@ -91,15 +91,12 @@ def evaluate_ends(run, table, loader):
     Returns ({'test_largest': ..., 'test_ema_largest': ..., ...}, score): the score is the mean top-1 over the three
     sizes, of the weights or of their average, whichever is higher.
     """
-    accuracies, means = {}, []
-    for prefix, network in (("test_", run.model), ("test_ema_", run.ema and run.ema.module)):
-        if network is None:
-            continue
-        for name, step in (("largest", 0), ("middle", table.last // 2), ("smallest", table.last)):
-            set_widths(network, table.steps[step])
-            accuracies[prefix + name] = evaluate(network, loader, run.device, run.args.amp)["top1"]
-        means.append(sum(accuracies[prefix + name] for name in ("largest", "middle", "smallest")) / 3)
-    return accuracies, max(means)
+    steps = {"largest": 0, "middle": table.last // 2, "smallest": table.last}
+    networks = {"test_": run.model} | ({"test_ema_": run.ema.module} if run.ema else {})
+    sizes = [(network, table.steps[step]) for network in networks.values() for step in steps.values()]
+    top1 = [figures["top1"] for figures in evaluate_all(sizes, loader, run.device, run.args.amp)]
+    names = [prefix + name for prefix in networks for name in steps]
+    return dict(zip(names, top1, strict=True)), max(sum(top1[:3]) / 3, sum(top1[-3:]) / 3)
 
 
 def build(args, device):

@@ -10,9 +10,10 @@ from PIL import Image
 from runs import torchrun
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 import datasets
-from engine import train_one_epoch
+from engine import evaluate, evaluate_all, train_one_epoch
 from models.piad.distillation import Distillation
 from models.vit.supernet import set_widths
 from training import TrainingRun
@@ -182,3 +183,21 @@ def test_ranks_agree_with_one_process_and_with_each_other(tmp_path):
             (F.cross_entropy(expected(images[rank::2]), labels[rank::2]) / 2).backward()
         optimizer.step()
     assert_equal(apart, dict(expected.named_parameters()), 1e-5)
+
+
+def test_several_sizes_are_evaluated_on_images_that_are_read_once(shared_args):
+    """Equal to the bit to one pass for each: of a super-network at several widths, and of another network."""
+    supernet, other = tiny_supernet(num_classes=10), tiny_vit(seed=1, num_classes=10)
+    read, images = [], Subset(datasets.load_images(shared_args, train=False), range(20))
+    transform = datasets.eval_transform(shared_args, datasets.data_config(other))
+    loader = datasets.eval_loader(images, lambda image: read.append(image) or transform(image), shared_args)
+    sizes = [*((supernet, widths) for widths in TINY_WIDTHS), (other, None)]
+    together = evaluate_all(sizes, loader, CPU)
+    assert len(read) == 20
+    for (network, widths), figures in zip(sizes, together, strict=True):
+        if widths:
+            set_widths(network, widths)
+        alone = evaluate(network, loader, CPU)
+        assert figures.pop("images_per_s") > 0 and alone.pop("images_per_s") > 0
+        assert figures == alone
+    assert len({figures["loss"] for figures in together}) == len(sizes)
