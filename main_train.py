@@ -169,6 +169,8 @@ def make_dropout(args, supernet):
         print_once(f"training the {len(table.steps)} sub-networks of {args.mask_table} from the start")
         if unused := [f"--{name.replace('_', '-')}" for name in OF_GROWTH if name in args.given]:
             print_once(f"note: {', '.join(unused)}: without effect, for that list does not grow")
+        for name in OF_GROWTH:
+            delattr(args, name)  # and so not compared when the run goes on
         return DropoutList(units, costs, table.steps, **drawing)
     utils.at_most(args, "grow_epochs", args.epochs, f"--epochs is {args.epochs}")
     print_once(f"the list of sub-networks grows in {args.grow_epochs} epochs")
