@@ -168,12 +168,12 @@ def make_dropout(args, supernet):
         table.check_fits(costs, args.mask_table)
         print_once(f"training the {len(table.steps)} sub-networks of {args.mask_table} from the start")
         if unused := [f"--{name.replace('_', '-')}" for name in OF_GROWTH if name in args.given]:
-            print_once(f"note: {', '.join(unused)}: without effect, for that list does not grow")
+            print_once(f"note: {', '.join(unused)}: without effect, for that table does not grow")
         for name in OF_GROWTH:
             delattr(args, name)  # and so not compared when the run goes on
         return DropoutList(units, costs, table.steps, **drawing)
     utils.at_most(args, "grow_epochs", args.epochs, f"--epochs is {args.epochs}")
-    print_once(f"the list of sub-networks grows in {args.grow_epochs} epochs")
+    print_once(f"the width table grows in {args.grow_epochs} epochs")
     drop_ratio = options.reachable_drop_ratio(args, units, costs)
     growth = Growth(args.grow_epochs, drop_ratio, args.sensitivity, args.objective, args.amp)
     return DropoutList(units, costs, growth=growth, **drawing)

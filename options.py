@@ -255,11 +255,11 @@ def check_distillation(args):
 
 def add_piad_options(parser):
     add = parser.add_argument_group("progressive importance-aware dropout").add_argument
-    words = "width table to train; auto: the one beside --pretrained, if any; none: a list that grows, as in the paper"
+    words = "width table to train; auto: the one beside --pretrained, if any; none: one that grows, as in the paper"
     add("--mask-table", default="auto", help=words)
-    add("--grow-epochs", type=positive_int, default=50, help="epochs in which the list grows")
+    add("--grow-epochs", type=positive_int, default=50, help="epochs in which the width table grows")
     add("--sensitivity", default="cost", choices=["cost", "accuracy"], help="what the removal of a branch is judged by")
-    add("--sampling", default="uniform", choices=["uniform", "macs", "ends"], help="how steps of the list are drawn")
+    add("--sampling", default="uniform", choices=["uniform", "macs", "ends"], help="how steps of the table are drawn")
     words = "sub-networks that every training step trains beside the drawn one"
     add("--always", nargs="*", default=[], choices=["largest", "smallest"], help=words)
     add("--subnet-per-rank", action="store_true", help="each rank draws its own sub-network")

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Stage 2 on ImageNet: 300 epochs for Ti and S, 150 for B. A run that was stopped goes on when the script is started
-# again. Variables are in tools/stage.sh and here. RECIPE=paper: the list of sub-networks grows in the first 50 epochs.
+# again. Variables are in tools/stage.sh and here. RECIPE=paper: the width table grows in the first 50 epochs.
 # Several machines: NODES=4 NODE_RANK=0..3 MASTER=host:port, the same on each but for the rank; srun says them by itself.
 . "$(dirname "$0")/tools/stage.sh"
 BATCH=${BATCH:-128}               # per GPU; the learning rate follows the total
