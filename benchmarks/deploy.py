@@ -56,6 +56,7 @@ def main(args):
             networks.append(runtimes(subnet, config, Path(folder) / str(share), device))
         worst = max(largest_difference(list(found.values()), device) for found in networks)
         for batch in args.batch_sizes:
+            torch.compiler.reset()  # there is a limit to how many shapes one class of network is compiled for
             conditions = latency.Conditions.of(supernet, device, batch, "none")
             flat = [network for found in networks for network in found.values()]
             figures = iter(latency.measure(flat, device, conditions))

@@ -13,7 +13,8 @@ from report import labelled, read
 from training import LOG_NAME
 from utils import InputError, atomic_file, parse_json, run_stage, with_unit
 
-PANELS = {"train_loss": "training loss", "test_": "top-1 accuracy, %", "train_lr": "learning rate"}
+# {the beginning of a figure's name in a log: its axis}.
+TRAINING = {"train_loss": "training loss", "test_": "top-1 accuracy, %", "train_lr": "learning rate"}
 
 
 def get_args():
@@ -25,22 +26,14 @@ def get_args():
     return parser.parse_args()
 
 
-def accuracy(curves, axes):
-    """Draw the rows of main_test.py's tables, [(label, rows)]."""
-    for (label, rows), marker in zip(curves, "osD^v<>p" * len(curves), strict=False):
-        axes.plot([r["macs"] / 1e6 for r in rows], [r["top1"] for r in rows], marker=marker, label=label)
-    axes.set(xlabel="MACs per image, millions (the paper's convention)", ylabel="top-1 accuracy, %")
-    axes.set_xlim(left=0)
-
-
-def training(runs, panels):
-    """Draw the records of logs, [(label, records)]."""
-    for axes, (prefix, title) in zip(panels, PANELS.items(), strict=True):
-        for label, records in runs:
-            for name in dict.fromkeys(name for record in records for name in record if name.startswith(prefix)):
-                points = [(record["epoch"], record[name]) for record in records if name in record]
-                axes.plot(*zip(*points, strict=True), label=f"{label} {name.removeprefix(prefix)}")
-        axes.set(xlabel="epoch", ylabel=title)
+def draw(axes, prefix, curves, x, markers):
+    """The figures named ``prefix``... in the rows of ``curves`` [(label, rows)] over x(row)."""
+    for (label, rows), marker in zip(curves, markers * len(curves), strict=False):
+        for name in dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)):
+            points = [(x(row), row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points, strict=True), marker=marker, label=f"{label} {name.removeprefix(prefix)}".strip())
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def table(curves):
@@ -60,7 +53,9 @@ def main(args):
     if args.training:
         logs = [labelled(text, LOG_NAME) for text in args.curves]
         runs = [(label, [parse_json(line, path) for line in path.read_text().splitlines()]) for label, path in logs]
-        training(runs, figure.subplots(1, len(PANELS)))
+        for axes, (prefix, title) in zip(figure.subplots(1, len(TRAINING)), TRAINING.items(), strict=True):
+            draw(axes, prefix, runs, lambda row: row["epoch"], [None])
+            axes.set(xlabel="epoch", ylabel=title)
         figure.suptitle(args.title or "Training")
     else:
         curves = [read(text) for text in args.curves]
@@ -69,11 +64,10 @@ def main(args):
                 raise InputError(f"{label}: not tested (no classifier); main_test.py --probe does")
         table(curves)
         axes = figure.subplots()
-        axes.set_title(args.title or "Accuracy against cost")
-        accuracy(curves, axes)
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.legend()
+        draw(axes, "top1", curves, lambda row: row["macs"] / 1e6, "osD^v<>p")
+        axes.set(xlabel="MACs per image, millions (the paper's convention)", ylabel="top-1 accuracy, %")
+        axes.set(title=args.title or "Accuracy against cost")
+        axes.set_xlim(left=0)
     with atomic_file(args.png) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     print(f"wrote {args.png}")
