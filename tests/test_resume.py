@@ -31,15 +31,8 @@ IMPORTANCE = ("models.piad.dropout", "branch_removal")
 
 def kill_after(events, delay):
     """SIGKILL this process ``delay`` seconds after it has done so many things."""
-    places = [
-        BACKWARD,
-        ("engine", "_finish_update"),
-        ("main_train", "evaluate_all"),
-        IMPORTANCE,
-        ("torch", "save"),
-        RENAME,
-    ]
-    once(places, events, threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start)
+    places = [BACKWARD, ("engine", "_finish_update"), ("main_train", "evaluate_all"), IMPORTANCE, ("torch", "save")]
+    once([*places, RENAME], events, threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start)
 
 
 def die_while_writing(times):
