@@ -149,6 +149,7 @@ def test_every_rank_takes_its_own_gpu(device, ranks, chosen, current, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: set_to.append(str(device)))
+    monkeypatch.setattr(utils, "machine_name", lambda device: "a GPU")
     monkeypatch.setattr(utils, "_join_ranks", lambda *arguments: backends.append(arguments))
     assert str(utils.start_up(args)) == args.device == chosen
     assert set_to == current
