@@ -71,7 +71,7 @@ def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(start, tmp_path):
     assert [record["epoch"] for record in log_of(tmp_path / "out")] == [0, 1]
 
 
-# Rank 1 alone is told to stop, in the second evaluation of the first epoch. Rank 0 is the slower one.
+# Rank 1 alone is told to stop, in the second batch of the first evaluation. Rank 0 is the slower one.
 IS_STOPPED = """
 import os, signal, sys, time
 import main_train, utils
@@ -80,7 +80,7 @@ from runs import once, signal_self, wrap
 rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 print(f"life {life} of rank {rank}", flush=True)
 if rank == 1:
-    signal_self(("main_train", "evaluate"), 2, signal.SIGTERM)
+    signal_self(("engine", "accuracy"), 8, signal.SIGTERM)
 else:
     wrap("engine", "accuracy", lambda: time.sleep(0.2))
 utils.run_stage(main_train.main, main_train.get_args(sys.argv[1:]))
@@ -149,6 +149,7 @@ def test_every_rank_takes_its_own_gpu(device, ranks, chosen, current, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: set_to.append(str(device)))
+    monkeypatch.setattr(utils, "machine_name", lambda device: "a GPU")
     monkeypatch.setattr(utils, "_join_ranks", lambda *arguments: backends.append(arguments))
     assert str(utils.start_up(args)) == args.device == chosen
     assert set_to == current

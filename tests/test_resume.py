@@ -25,14 +25,14 @@ from models.vit.widths import Widths
 from training import TrainingRun
 
 # Where runs are disturbed: (module, function).
-BACKWARD, EVALUATE, RENAME = ("engine", "_backward"), ("main_train", "evaluate"), ("os", "replace")
+BACKWARD, EVALUATE, RENAME = ("engine", "_backward"), ("engine", "accuracy"), ("os", "replace")
 IMPORTANCE = ("models.piad.dropout", "branch_removal")
 
 
 def kill_after(events, delay):
     """SIGKILL this process ``delay`` seconds after it has done so many things."""
-    places = [BACKWARD, ("engine", "_finish_update"), EVALUATE, IMPORTANCE, ("torch", "save"), RENAME]
-    once(places, events, threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start)
+    places = [BACKWARD, ("engine", "_finish_update"), ("main_train", "evaluate_all"), IMPORTANCE, ("torch", "save")]
+    once([*places, RENAME], events, threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start)
 
 
 def die_while_writing(times):
@@ -66,7 +66,7 @@ def test_the_whole_run_is_worth_comparing(whole):
 
 @pytest.mark.parametrize("patch", [
     pytest.param((signal_self, IMPORTANCE, 2, signal.SIGKILL), id="in the importance pass"),
-    pytest.param((signal_self, EVALUATE, 8, signal.SIGKILL), id="in evaluation"),
+    pytest.param((signal_self, EVALUATE, 40, signal.SIGKILL), id="in evaluation"),
     pytest.param((signal_self, RENAME, 4, signal.SIGKILL), id="before the rename"),
     pytest.param((die_while_writing, 3), id="half a checkpoint"),
     pytest.param((die_while_writing, 10), id="half a best checkpoint"),
@@ -101,7 +101,7 @@ def test_killed_at_twenty_random_moments(seed, whole, start, tmp_path):
 
 @pytest.mark.parametrize(
     ("where", "times", "number"),
-    [(BACKWARD, 7, signal.SIGTERM), (EVALUATE, 9, signal.SIGUSR1), (IMPORTANCE, 2, signal.SIGINT)],
+    [(BACKWARD, 7, signal.SIGTERM), (EVALUATE, 41, signal.SIGUSR1), (IMPORTANCE, 2, signal.SIGINT)],
 )
 def test_a_signal_ends_the_step_saves_and_says_so_by_its_exit_code(where, times, number, whole, start, tmp_path):
     patch = signal_self, where, times, number
