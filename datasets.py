@@ -236,8 +236,8 @@ def class_names(dataset):
 def relabel(images, classes, flag, names=None):
     """Give the images of a data set, in place, the labels that a classifier of ``classes`` classes has for them.
 
-    names: of all classes, in the order of the classifier (default: ImageNet's wnids, if there are as many). Raises
-    InputError, which begins with ``flag``, if there are no names, or if they do not have all of the data set's.
+    names: of all classes, in the order of the classifier (default: ImageNet's wnids, if there are as many). Returns
+    them. Raises InputError, which begins with ``flag``, if there are none, or not all of the data set's among them.
     """
     own, subset = class_names(images), infer_imagenet_subset({"num_classes": classes})
     names = names or (ImageNetInfo(subset).label_names() if subset else [])
@@ -249,6 +249,7 @@ def relabel(images, classes, flag, names=None):
             "--class-map FILE says which: their folders' names, a line for each class of the checkpoint"
         )
     images.target_transform, images.num_classes = [names.index(name) for name in own].__getitem__, classes
+    return names
 
 
 def check_classes(images, classes, flag):

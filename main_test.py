@@ -98,16 +98,16 @@ def make_test(args, loaded):
         print_once("no classifier: costs alone (--probe knn classifies the features by those of training images)")
         return lambda network, device: dict.fromkeys(("loss", "top1", "top5", "images_per_s"))
     images = datasets.load_images(args, train=False)
-    loader = datasets.eval_loader(images, transform, args)
     if args.probe:
-        train = datasets.eval_loader(datasets.load_images(args, train=True), transform, args)
-        return lambda network, device: probe(network, train, loader, device, args.amp, args.probe)
+        both = [datasets.eval_loader(x, transform, args) for x in (datasets.load_images(args, train=True), images)]
+        return lambda network, device: probe(network, *both, device, args.amp, args.probe)
     own, names = datasets.count_classes(images), None
     if args.class_map:
         names = utils.read_text(args.class_map, "expected the name of a class in every line").splitlines()
     if names or own not in (None, classes):
-        datasets.relabel(images, classes, f"--data-set {args.data_set}", names)
+        names = datasets.relabel(images, classes, f"--data-set {args.data_set}", names)
     loaded.supernet.pretrained_cfg["label_names"] = names or datasets.class_names(images)
+    loader = datasets.eval_loader(images, transform, args)
     return lambda network, device: evaluate(network, loader, device, args.amp)
 
 

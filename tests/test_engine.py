@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 
 import datasets
-from engine import evaluate, evaluate_all, train_one_epoch
+from engine import evaluate, evaluate_all, probe, train_one_epoch
 from models.piad.distillation import Distillation
 from models.vit.supernet import set_widths
 from training import TrainingRun
@@ -201,3 +201,17 @@ def test_several_sizes_are_evaluated_on_images_that_are_read_once(shared_args):
         assert figures.pop("images_per_s") > 0 and alone.pop("images_per_s") > 0
         assert figures == alone
     assert len({figures["loss"] for figures in together}) == len(sizes)
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_a_probe_finds_what_the_features_tell(kind):
+    """Three classes apart in direction; one of ten test images has another's features."""
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = 5 * torch.eye(3)[labels] + 0.1 * torch.randn(60, 3)
+    tested = features[:30].clone()
+    tested[:3] = features[[1, 2, 0]]
+    train, test = ([(x, labels[: len(x)], None)] for x in (features, tested))
+    figures = probe(torch.nn.Identity(), train, test, CPU, "none", kind)
+    assert figures["top1"] == pytest.approx(90) and figures["top5"] == 100
+    assert figures["images"] == 30 and figures["probe"] == kind

@@ -277,7 +277,7 @@ def test_files_in_the_published_layout_load(name, kind, tmp_path):
 
 
 def test_a_published_checkpoint_evaluates_on_imagenet_folders(tmp_path):
-    """The whole of main_test.py on a folder laid out like ImageNet, with a tiny model of another class count."""
+    """The whole of main_test.py on a folder laid out like ImageNet with three of its classes."""
     for split in ("train", "val"):
         for index, wnid in enumerate(("n01440764", "n01443537", "n01484850")):
             place = tmp_path / "imagenet" / split / wnid
@@ -286,7 +286,8 @@ def test_a_published_checkpoint_evaluates_on_imagenet_folders(tmp_path):
                 Image.new("RGB", (40 + number, 50), (80 * index, 10, 90)).save(place / f"{number}.JPEG")
     folder = tmp_path / "peelable/vit_tiny"
     folder.mkdir(parents=True)
-    torch.save({"model": ModelSpec("vit_tiny", 3).build().state_dict()}, folder / "checkpoint_0.pth")
+    state = {f"module.{name}": value for name, value in ModelSpec("vit_tiny", 1000).build().state_dict().items()}
+    torch.save({"state_dict": state}, folder / "checkpoint.pth")
     full = Widths((64,) * 12, (768,) * 12)
     half = Widths((32,) * 12, (384,) * 12)
     published = json.loads(WidthTable([full, half]).to_json())
@@ -299,7 +300,8 @@ def test_a_published_checkpoint_evaluates_on_imagenet_folders(tmp_path):
     assert "1.08 G" in output and (tmp_path / "out/knowledge.png").is_file()
     network = load_subnetwork(tmp_path / "net/op_code_1")
     assert network.pretrained_cfg["input_size"] == [3, 224, 224] and network.blocks[0].attn.head_dim == 32
-    assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 3)
+    assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
+    assert network.pretrained_cfg["label_names"][2] == "n01484850"
 
 
 # ------------------------------------------------------------------------------------------ input from users
@@ -316,19 +318,12 @@ def test_a_network_without_a_classifier_is_reparameterised_without_labels(repara
     assert "top-1" not in output and "costs alone" in output
     assert {row["top1"] for row in rows_of(tmp_path / "costs")} == {None}
     assert load_subnetwork(tmp_path / "net/macs_ratio_0.3")(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
-    accuracies = {}
-    for kind, ranks in (("knn", 1), ("linear", 2)):
-        output = run(f"{command} --probe {kind} --output-dir {tmp_path}/{kind}", ranks=ranks)
-        assert f"top-1 ({kind})" in output
-        full, small = rows_of(tmp_path / kind)
-        assert full["probe"] == kind and full["images"] == 599 and full["top5"] >= full["top1"] >= small["top1"] - 2
-        accuracies[kind] = full["top1"]
-    assert min(accuracies.values()) > 60, "chance is 10"
-    classifier = run(
-        f"main_finetune_peeled.py {DIGITS} {PLAIN} --epochs 1 --checkpoint {tmp_path} --macs-ratio 0.3 "
-        f"--output-dir {tmp_path}/tuned"
-    )
-    assert "has 0 classes: replaced by a new one for 10" in classifier
+    output = run(f"{command} --probe knn --output-dir {tmp_path}/knn", ranks=2)
+    assert "top-1 (knn)" in output and "costs alone" not in output
+    for row in rows_of(tmp_path / "knn"):
+        assert row["probe"] == "knn" and row["images"] == 599 and row["top5"] > row["top1"] > 20, "chance is 10"
+    tuning = f"{PLAIN} --epochs 1 --checkpoint {tmp_path} --macs-ratio 0.3 --output-dir {tmp_path}/tuned"
+    assert "has 0 classes: replaced by a new one for 10" in run(f"main_finetune_peeled.py {DIGITS} {tuning}")
 
 
 def test_a_checkpoint_with_another_head_is_refitted_and_said(reparam, tmp_path):

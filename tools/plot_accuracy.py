@@ -64,6 +64,10 @@ def main(args):
                 raise InputError(f"{label}: not tested (no classifier); main_test.py --probe does")
         table(curves)
         axes = figure.subplots()
+        # Runs may have asked in any order; an export lies where its sub-network lies.
+        curves = [
+            (label, sorted((r for r in rows if not r.get("file")), key=lambda r: r["macs"])) for label, rows in curves
+        ]
         draw(axes, "top1", curves, lambda row: row["macs"] / 1e6, "osD^v<>p")
         axes.set(xlabel="MACs per image, millions (the paper's convention)", ylabel="top-1 accuracy, %")
         axes.set(title=args.title or "Accuracy against cost")
