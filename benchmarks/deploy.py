@@ -55,6 +55,7 @@ def main(args):
             config = subnet_config(subnet, ModelSpec(args.model, 1000), widths, costs, 0.875)
             networks.append(runtimes(subnet, config, Path(folder) / str(share), device))
         worst = max(largest_difference(list(found.values()), device) for found in networks)
+        print(f"logits differ from PyTorch's by at most {worst:.0e} of the largest")
         for batch in args.batch_sizes:
             torch.compiler.reset()  # there is a limit to how many shapes one class of network is compiled for
             conditions = latency.Conditions.of(supernet, device, batch, "none")
@@ -66,7 +67,6 @@ def main(args):
             head = ["", *(f"{share} of the MACs" for share in SHARES)]
             rows = [[name, *(f"{whole / column[name]:.2f}" for column in columns)] for name in columns[0]]
             print("\n".join(common.markdown(head, rows)))
-    print(f"\nThe logits differ from PyTorch's by at most {worst:.0e} of the largest.")
 
 
 if __name__ == "__main__":
