@@ -8,7 +8,7 @@ import datasets
 import options
 import report
 import utils
-from engine import evaluate, probe
+from engine import evaluate_all, probe
 from models.subnet import export
 from models.subnet.budget import Budget
 from models.vit.cost import MATMULS
@@ -16,6 +16,8 @@ from utils import InputError, print_once
 
 # Without a budget: these shares of the full network's MACs, as in the paper's figures.
 DEFAULT_LADDER = tuple(Budget("macs_ratio", share) for share in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6))
+# So many sub-networks are in memory at once and share a pass over the test images.
+TOGETHER = 8
 
 
 def get_args(argv=None):
@@ -89,18 +91,18 @@ def check_export(args):
 
 
 def make_test(args, loaded):
-    """The function (network, device) -> figures of its accuracy, on the test set; without any if there is no classifier
-    and no probe of the features. Raises InputError if the data set is not that of the classifier."""
+    """The function (networks, device) -> figures of the accuracy of each, on the test set; without any if there is no
+    classifier and no probe of the features. Raises InputError if the data set is not that of the classifier."""
     classes, transform = loaded.spec.num_classes, datasets.eval_transform(args, datasets.data_config(loaded.supernet))
     if args.probe and classes:
         raise InputError(f"--probe {args.probe}: {loaded.source} has a classifier, which is tested itself")
     if not classes and not args.probe:
         print_once("no classifier: costs alone (--probe knn classifies the features by those of training images)")
-        return lambda network, device: dict.fromkeys(("loss", "top1", "top5", "images_per_s"))
+        return lambda networks, device: [dict.fromkeys(("loss", "top1", "top5", "images_per_s")) for _ in networks]
     images = datasets.load_images(args, train=False)
     if args.probe:
         both = [datasets.eval_loader(x, transform, args) for x in (datasets.load_images(args, train=True), images)]
-        return lambda network, device: probe(network, *both, device, args.amp, args.probe)
+        return lambda networks, device: [probe(n, *both, device, args.amp, args.probe) for n in networks]
     own, names = datasets.count_classes(images), None
     if args.class_map:
         names = utils.read_text(args.class_map, "expected the name of a class in every line").splitlines()
@@ -108,7 +110,7 @@ def make_test(args, loaded):
         names = datasets.relabel(images, classes, f"--data-set {args.data_set}", names)
     loaded.supernet.pretrained_cfg["label_names"] = names or datasets.class_names(images)
     loader = datasets.eval_loader(images, transform, args)
-    return lambda network, device: evaluate(network, loader, device, args.amp)
+    return lambda networks, device: evaluate_all([(n, None) for n in networks], loader, device, args.amp)
 
 
 def test_all(loaded, test, args, device, saved):
@@ -128,19 +130,22 @@ def test_all(loaded, test, args, device, saved):
     if loaded.compensation:
         print_once("compensating by the file beside the weights (--no-compensation for plain slices)")
     rows = []
-    for budget, choice, folder in zip(asked, choices, folders, strict=True):
-        about = {"asked": str(budget), "step": choice.step, "finer": choice.finer, "latency_ms": choice.latency_ms}
-        about |= {"asked": "as it is", "step": None} if loaded.one_size else {}
-        rows += test_one(loaded, choice.widths, test, args, device, about | origin, folder)
+    for start in range(0, len(asked), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        subnets = [options.cut(loaded, choice.widths, args, device).to(device) for choice in choices[part]]
+        tested = zip(asked[part], choices[part], folders[part], subnets, test(subnets, device), strict=True)
+        for budget, choice, folder, subnet, figures in tested:
+            about = {"asked": str(budget), "step": choice.step, "finer": choice.finer, "latency_ms": choice.latency_ms}
+            about |= {"asked": "as it is", "step": None} if loaded.one_size else {}
+            rows += rows_of(loaded, choice.widths, subnet, figures, test, args, about | origin, folder)
     return rows
 
 
-def test_one(loaded, widths, test, args, device, about, folder):
-    """Cut one sub-network, evaluate it, and write it to ``folder`` if there is one. Returns its rows.
+def rows_of(loaded, widths, subnet, figures, test, args, about, folder):
+    """The rows of a sub-network, which is written to ``folder`` if there is one.
 
-    about: members of the rows beside costs and accuracy.
+    figures: of its accuracy. about: members of the rows beside costs and accuracy.
     """
-    subnet = options.cut(loaded, widths, args, device)
     costs = {
         "macs": loaded.costs.macs(widths),
         "macs_with_attention_matmuls": loaded.costs.macs(widths, MATMULS),
@@ -148,7 +153,6 @@ def test_one(loaded, widths, test, args, device, about, folder):
         "widths": widths.as_dict(),
         "file": None,
     }
-    figures = test(subnet.to(device), device)
     if about["latency_ms"]:
         figures["images_per_s"] = 1e3 * args.latency_batch_size / about["latency_ms"]
     rows = [about | costs | figures]
@@ -169,7 +173,7 @@ def exported_row(row, name, folder, test, args):
     """The ``row`` of a sub-network for its export to ONNX (as accurate, and so not tested again) or to int8."""
     file = folder / {"onnx": export.ONNX_NAME, "int8": export.INT8_NAME}[name]
     untimed = {"asked": f"{row['asked']}, {name}", "file": str(file), "latency_ms": None}
-    figures = test(export.OnnxNetwork(file), torch.device("cpu")) if name == "int8" else {}
+    figures = test([export.OnnxNetwork(file)], torch.device("cpu"))[0] if name == "int8" else {}
     # On other batches than a latency: only --benchmark times both alike.
     return row | figures | untimed | ({"images_per_s": None} if row["latency_ms"] or name == "onnx" else {})
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -11,19 +12,22 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
+import main_train
 import utils
+from engine import make_criterion, train_one_epoch
 from models.piad.dropout import DropoutList, Growth, steps_by_error
 from models.piad.importance import Units
 from models.subnet.budget import Budget
 from models.subnet.extract import extract
 from models.vit.cost import Costs
-from models.vit.pretrained import ModelSpec
+from models.vit.pretrained import ModelSpec, image_shape
 from models.vit.supernet import as_supernet, branches
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
 from models.wpac.compensation import compensate, compensation_of
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES, collect_statistics
+from training import TrainingRun
 
 DROP_RATIO = 0.875
 UNROTATED = ("random", "magnitude", "taylor", "hessian")
@@ -115,6 +119,29 @@ def load_tensors(args, model, train, count=None):
 def agreement(logits, labels):
     """How often the largest logit is the label's, in per cent."""
     return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def in_turns(works, rounds):
+    """The median of what each function returns over ``rounds`` rounds, in which they take turns, after one to warm
+    up: whatever else the machine does slows all of them alike."""
+    figures = [[work() for work in works] for _ in range(rounds + 1)]
+    return [statistics.median(column) for column in zip(*figures[1:], strict=True)]
+
+
+def training(supernet, device, batch_size, updates, amp="none", **kwargs):
+    """(TrainingRun of stage 2 by its defaults, function of Widths -> images/s of ``updates`` steps). The steps are the
+    product's own, mixup and averaged weights included, on one ready batch. kwargs: of TrainingRun."""
+    args = main_train.get_args(["--batch-size", str(batch_size), "--amp", amp])
+    run = TrainingRun(supernet.to(device), args, device, updates, **kwargs)
+    mixup, criterion = datasets.make_mixup(args, supernet.num_classes), make_criterion(args)
+    labels = torch.arange(batch_size) % supernet.num_classes
+    batches = [(torch.randn(batch_size, *image_shape(supernet)), labels, None)] * updates
+
+    def rate(widths):
+        run.begin_epoch(0)
+        return train_one_epoch(run, batches, criterion, 0, mixup, draw=lambda _: [widths])["images_per_s"]
+
+    return run, rate
 
 
 def scaled(full, attn, mlp):
