@@ -181,14 +181,15 @@ PARTS |= {"Attention kernels": attention, "One rank against none": ranks}
 def main(args):
     device = utils.choose_device(args.device, "--device")
     case = Case() if device.type == "cuda" else SMALLEST
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     about = f"`python benchmarks/gpu.py` on {utils.machine_name(device)}, torch {torch.__version__}, random weights"
     lines = ["# On a GPU", "", f"{about}; batches of {case.batch_size}, {case.images} images for stage 1."]
     for title, measure in PARTS.items():
         utils.seed_all(0)
-        lines += ["", f"## {title}", "", *common.markdown(*measure(case, device))]
-        print("\n".join(lines[-20:]), flush=True)
+        part = ["", f"## {title}", "", *common.markdown(*measure(case, device))]
+        print("\n".join(part), flush=True)
+        lines += part
     if device.type == "cuda":
         utils.save_text("\n".join(lines) + "\n", Path(args.output))
         print(f"wrote {args.output}")
