@@ -187,8 +187,9 @@ def main(args):
     lines = ["# On a GPU", "", f"{about}; batches of {case.batch_size}, {case.images} images for stage 1."]
     for title, measure in PARTS.items():
         utils.seed_all(0)
-        lines += ["", f"## {title}", "", *common.markdown(*measure(case, device))]
-        print("\n".join(lines[-20:]), flush=True)
+        part = ["", f"## {title}", "", *common.markdown(*measure(case, device))]
+        print("\n".join(part), flush=True)
+        lines += part
     if device.type == "cuda":
         utils.save_text("\n".join(lines) + "\n", Path(args.output))
         print(f"wrote {args.output}")
