@@ -181,7 +181,7 @@ PARTS |= {"Attention kernels": attention, "One rank against none": ranks}
 def main(args):
     device = utils.choose_device(args.device, "--device")
     case = Case() if device.type == "cuda" else SMALLEST
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     about = f"`python benchmarks/gpu.py` on {utils.machine_name(device)}, torch {torch.__version__}, random weights"
     lines = ["# On a GPU", "", f"{about}; batches of {case.batch_size}, {case.images} images for stage 1."]
