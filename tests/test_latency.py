@@ -94,7 +94,7 @@ DAMAGED = ["{", "[]", '{"points": [], "conditions": {"device": 1}}', '{"points":
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_is_refused(content, tmp_path):
     (tmp_path / "latency_x.json").write_text(content)
-    with pytest.raises(InputError, match=r"latency_x\.json: not a file of latencies"):
+    with pytest.raises(InputError, match=r"latency_x\.json: not (JSON|a file of latencies)"):
         LatencyTable.load(tmp_path / "latency_x.json")
 
 

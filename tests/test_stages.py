@@ -132,7 +132,7 @@ def test_every_training_option_at_once_resumes_to_the_bit(chain, tmp_path):
 
 
 def test_a_teacher_from_a_file_or_the_starting_network(chain, pretrained, tmp_path):
-    start = f"--pretrained {chain[1]}/reparam/reparamed.pth --batch-size 64 --epochs 1"
+    start = f"--pretrained {chain[1]}/reparam/reparamed.pth --batch-size 64 --epochs 1 --grow-epochs 1"
     own = "--distillation-type soft --distillation-tau 2"
     given = f"{own} --teacher-model vit_digits --teacher-path {pretrained}"
     for name, options in (("own", own), ("given", given), ("none", "")):
@@ -352,4 +352,7 @@ def test_stage_1_alone_cuts_any_budget(reparam, pretrained, tmp_path):
         shutil.copy(folder / name, tmp_path)
     torch.save(read_checkpoint(pretrained), tmp_path / "checkpoint_0.pth")
     output = run(f"main_test.py {DIGITS} --checkpoint {tmp_path} --macs-ratio 0.5", expect=2)
-    assert "measured on other weights" in output
+    assert "mask_table.json: made for other weights" in output
+    table = f"--mask-table {tmp_path}/mask_table.json"
+    output = run(f"main_test.py {DIGITS} --checkpoint {tmp_path} --macs-ratio 0.5 {table}", expect=2)
+    assert "compensation.safetensors: measured on other weights" in output

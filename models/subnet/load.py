@@ -75,7 +75,7 @@ def check_config(config, source):
     if missing:
         raise ValueError(f"{source}: not the config.json of a sub-network: it has no {', '.join(missing)}")
     try:
-        values = [x for v in config["model_args"].values() for x in (v if isinstance(v, list) else [v])]
+        values = [x for v in config["model_args"].values() for x in (v if isinstance(v, list | tuple) else [v])]
         sizes = [config["num_classes"], *(v for v in values if not isinstance(v, bool | str))]
         sizes += [*config["widths"]["attn"], *config["widths"]["mlp"], *config["pretrained_cfg"].get("input_size", ())]
         unknown = (config["model_args"].keys() - MODEL_ARGS) | (config["pretrained_cfg"].keys() - PRETRAINED_CFG)
