@@ -51,6 +51,7 @@ utils.run_stage(main_train.main, main_train.get_args(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(start, tmp_path):
     script, notes = tmp_path / "script.py", tmp_path / "notes.txt"
     script.write_text(DIES_TWICE)
