@@ -156,7 +156,7 @@ def print_concentration(own, errors):
     for branch in own:
         values, name = errors[str(branch)], {"attn": "attention", "mlp": "MLP"}[branch.name]
         total = sum(values)
-        share = f"{sum(values[: len(values) // 4]) / total:.0%}" if total else "nothing, as do all others"
+        share = f"{sum(values[: len(values) // 4]) / total:.1%}" if total else "nothing, as do all others"
         lines.setdefault(branch.path, []).extend([] if branch.indivisible else [f"{share} ({name})"])
     for index, held in enumerate(lines.values()):
         print_once(f"block {index:2d}: first quarter of the dimensions holds {', '.join(held)}")
