@@ -4,10 +4,6 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import accuracy
 from torch import nn
@@ -168,6 +164,12 @@ def probe(model, train, test, device, amp, kind):
     kind: 'knn', the 20 nearest by cosine, weighted by it, or 'linear', logistic regression on standardised features.
     Returns {'probe': kind, 'top1', 'top5': per cent, 'images'}, and None for 'loss' and 'images_per_s'.
     """
+    # Here, because importing them takes longer than anything else that a stage starts with.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     (known, their_labels), (asked, labels) = (features(model, loader, device, amp) for loader in (train, test))
 
     def hits():
