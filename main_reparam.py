@@ -13,7 +13,7 @@ from models.piad.dropout import steps_by_error
 from models.piad.width_table import TABLE_NAME, WidthTable
 from models.subnet.store import WEIGHTS_NAME
 from models.vit.cost import Costs
-from models.vit.pretrained import ModelSpec, default_num_classes, load_pretrained
+from models.vit.pretrained import ModelSpec, default_num_classes, load_pretrained, save_checkpoint
 from models.vit.supernet import as_supernet, branches
 from models.vit.weights import digest
 from models.wpac.compensation import COMPENSATION_NAME, compensation_of, save_compensation
@@ -89,7 +89,7 @@ def main(args):
     state = {name: value.cpu() for name, value in supernet.state_dict().items()}
     weights = digest(state)
     report |= {"num_classes": spec.num_classes, "full_width_difference": difference, "weights": weights}
-    utils.save_torch(state, output / WEIGHTS_NAME)
+    save_checkpoint(state, output / WEIGHTS_NAME)
     if args.compensation:
         compensation = compensation_of(supernet, statistics, rewrites)
         table = WidthTable(steps_by_error(compensation, units, costs, drop_ratio))

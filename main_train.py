@@ -154,7 +154,8 @@ def complete_table(mask_table, pretrained, state):
     beside = pretrained.parent / TABLE_NAME
     if not beside.is_file():
         return None
-    WidthTable.load(beside).check_made_for(digest(state), beside)
+    with utils.name_flag("--mask-table"):
+        WidthTable.load(beside).check_made_for(digest(state), beside)
     return str(beside)
 
 

@@ -79,10 +79,7 @@ def say_what_is_fetched(name, flag):
     cfg = timm.get_pretrained_cfg(ALIASES.get(name, (name, {}))[0])
     source = cfg and (f"the hub's {cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url)
     if source and name not in OWN_SHAPES:
-        print_once(
-            f"{flag}: fetching the published weights of {name}, {source}, unless they are here already; without a "
-            "network the hub's client gives up after half a minute"
-        )
+        print_once(f"{flag}: fetching the published weights of {name}, {source}, unless they are here already")
 
 
 def required_model(args):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from models.subnet.store import numbered_checkpoints
-from models.vit.pretrained import load_weights, read_checkpoint
+from models.vit.pretrained import load_weights, read_checkpoint, save_checkpoint
 from utils import InputError, print_once
 
 BEST_NAME, MID_EPOCH_NAME, LOG_NAME = "best_checkpoint.pth", "mid_epoch.pth", "log.txt"
@@ -125,7 +125,9 @@ class TrainingRun:
         best = score is not None and score > self.max_accuracy
         self.max_accuracy = score if best else self.max_accuracy
         record = {"epoch": self.epoch} | figures | self._clock()
-        utils.append_json_line(record, self.output / LOG_NAME)
+        if utils.is_main():
+            with open(self.output / LOG_NAME, "a") as file:
+                file.write(json.dumps(record) + "\n")
         if self.board:
             for name, value in record.items():
                 self.board.add_scalar(name, value, self.epoch)
@@ -202,9 +204,9 @@ class TrainingRun:
         self.begin_epoch(done + 1)
         content = self.content() | self.more()
         if best:
-            utils.save_torch(content, self.output / BEST_NAME)
+            save_checkpoint(content, self.output / BEST_NAME)
         self.written = self.output / f"checkpoint_{done}.pth"
-        utils.save_torch(content, self.written)
+        save_checkpoint(content, self.written)
         if utils.is_main():
             (self.output / MID_EPOCH_NAME).unlink(missing_ok=True)
             for number, path in numbered_checkpoints(self.output).items():
@@ -213,7 +215,7 @@ class TrainingRun:
 
     def save_mid_epoch(self):
         """Between two updates, or while evaluating after the last."""
-        utils.save_torch(self.content() | self.more(), self.output / MID_EPOCH_NAME)
+        save_checkpoint(self.content() | self.more(), self.output / MID_EPOCH_NAME)
 
     def resume(self, output):
         """Go on as ``--resume`` asks for. Returns (path, content) of the checkpoint; (None, {}) for a new run.

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +46,18 @@ class SizeError(ModelError):
     """An image size that a model cannot have. The message begins with the size."""
 
 
+class TableError(InputError):
+    """A width table that was found beside weights and is not theirs. It can be used all the same, if it is named."""
+
+
 @contextmanager
 def name_flag(flag, file_flag=None):
-    """Put ``flag``, or the image size's, in front of a ModelError about its value, and name the flag that takes a file
-    of weights."""
+    """Put ``flag``, or the image size's, in front of a ModelError about its value, and name the flags that would do:
+    that of a file of weights, or of a width table."""
     try:
         yield
+    except TableError as error:
+        raise InputError(f"{error}; to use it all the same, give it as --mask-table") from None
     except SizeError as error:
         raise InputError(f"--input-size {error}") from None
     except ModelError as error:
@@ -115,7 +121,15 @@ class StageParser(argparse.ArgumentParser):
         self.checks = []
 
     def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            if words and word in UNITS and re.fullmatch(r"[\d.]+", words[-1]):  # 46.53 M, as tables print it
+                words[-1] += word
+            else:
+                words.append(re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word))
+        parsed, unknown = self.parse_known_args(words, namespace)
+        flags = {word.partition("=")[0] for word in words}
+        parsed.given = [action.dest for action in self._actions if flags.intersection(action.option_strings)]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._instead_of(unknown[0].partition('=')[0])}")
         try:
@@ -136,18 +150,6 @@ class StageParser(argparse.ArgumentParser):
             return f"; {flag} of the paper's code is {OFFICIAL_FLAGS[flag]} here"
         return nearest(flag, [option for action in self._actions for option in action.option_strings])
 
-    def parse_known_args(self, args=None, namespace=None):
-        words = []
-        for word in sys.argv[1:] if args is None else args:
-            if words and word in UNITS and re.fullmatch(r"[\d.]+", words[-1]):  # 46.53 M, as tables print it
-                words[-1] += word
-            else:
-                words.append(dashed(word))
-        parsed, rest = super().parse_known_args(words, namespace)
-        flags = {word.partition("=")[0] for word in words}
-        parsed.given = [action.dest for action in self._actions if flags.intersection(action.option_strings)]
-        return parsed, rest
-
 
 # Flags of the paper's own code, and the flag, stage or launcher that does the same here.
 OFFICIAL_FLAGS = {
@@ -157,14 +159,6 @@ OFFICIAL_FLAGS = {
     "--target-reduction-ratio": "--drop-ratio", "--progressive-epochs": "--grow-epochs", "--start-epoch": "--resume",
     "--world-size": "torchrun", "--dist-url": "torchrun", "--dist-eval": "always done",
 }  # fmt: skip
-
-
-def dashed(word):
-    """A word of a command line: a flag in its one spelling, ``--batch-size``, anything else as it is."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 UNITS = {"K": "e3", "M": "e6", "G": "e9", "T": "e12", "%": "e-2"}
@@ -356,10 +350,7 @@ def stopping():
 
 def stop_if_asked():
     """Raise Interrupted on all ranks if a signal has asked one of them to stop. To be called by all ranks together."""
-    asked = torch.tensor(int(stopping()))
-    if is_distributed() and dist.get_backend() == "nccl":
-        asked = asked.cuda()
-    if all_reduce_max(asked):
+    if any(gather(stopping())):
         raise Interrupted
 
 
@@ -559,9 +550,7 @@ def keyed_generator(*numbers):
 
 def autocast(device, amp):
     """The autocast context for ``amp`` in {none, bf16, fp16}; does nothing for none."""
-    if amp == "none":
-        return nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "none")
 
 
 def resolve_amp(amp, device):
@@ -633,44 +622,11 @@ def parse_json(text, source):
         raise InputError(f"{source}: not JSON ({first_line(error)})") from None
 
 
-def check_finite(content, path):
-    """Raise FloatingPointError if a tensor in nested dicts is NaN or infinite: such a file is not to be written."""
-    for name, value in content.items():
-        if isinstance(value, dict):
-            check_finite(value, path)
-        elif isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
-            raise FloatingPointError(f"{path}: not written, {name} holds NaN or infinite values")
-
-
-def save_torch(obj, path):
-    """torch.save of a dict to ``path``, complete or not at all. Main rank only; the others return at once.
-
-    Raises InputError if it cannot be written, for example because the disk is full, and what ``check_finite`` raises.
-    """
-    if is_main():
-        check_finite(obj, path)
-        # Through a file of ours: torch's own reports a full disk as an error of its archive.
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            try:
-                torch.save(obj, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-
-
 def save_text(text, path):
     """Write ``text`` to ``path``, complete or not at all. Main rank only; the others return at once."""
     if is_main():
         with atomic_file(path) as temporary:
             temporary.write_text(text)
-
-
-def append_json_line(record, path):
-    """Append one JSON object as a line, DeiT's log format. Main rank only."""
-    if is_main():
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def output_folder(path, flag="--output-dir"):
@@ -683,11 +639,6 @@ def output_folder(path, flag="--output-dir"):
             _lock(path, flag)
             for left in path.glob(LEFT_OVER):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            probe = temporary_path(path, "write_test")
-            try:
-                probe.write_bytes(bytes(4096))  # an empty file fits onto a full disk
-            finally:
-                probe.unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(f"{flag} {path}", error) from None
     barrier()

@@ -24,7 +24,7 @@ from models.piad.distillation import Distillation
 from models.piad.dropout import DropoutList
 from models.piad.importance import ATTN_UNITS, MLP_UNITS, branch_removal, sensitivity
 from models.piad.width_table import WidthTable
-from models.vit.pretrained import ModelSpec, load_weights, read_checkpoint
+from models.vit.pretrained import ModelSpec, load_weights, read_checkpoint, save_checkpoint
 from models.vit.supernet import as_supernet, branches, hooks, set_widths
 from models.vit.widths import Widths
 from models.wpac.statistics import OBJECTIVES, collect_statistics
@@ -93,7 +93,7 @@ class Bench(common.Bench):
             utils.seed_all(seed)
             supernet = as_supernet(spec.build())
             train(self, supernet, self.dropout(GROWTH, steps=[self.full]), 2e-3, args.pretrain_passes)
-            utils.save_torch(supernet.state_dict(), path)
+            save_checkpoint(supernet.state_dict(), path)
         load_weights(self.supernet, read_checkpoint(path)["model"], path)
 
     def top1(self, network):

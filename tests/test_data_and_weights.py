@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 import datasets
 from models.subnet.store import newest_checkpoint
+from models.vit import pretrained
 from models.vit.pretrained import ModelSpec, load_pretrained, load_weights, read_checkpoint
 from models.vit.weights import as_safetensors
-from utils import InputError
+from utils import InputError, ModelError
 
 
 def named(args, data_set, path):
@@ -296,6 +297,32 @@ def test_a_checksum_in_safetensors_finds_a_bit_anywhere_in_the_tensors(tmp_path)
         with contextlib.suppress(InputError):
             found = read_checkpoint(path)["model"]
             assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_its_cache_is_used(tmp_path, monkeypatch):
+    hub, asked, spec = pretrained.hub, [], ModelSpec("vit_tiny", 1000)
+
+    def answer(url, timeout):
+        asked.append((url, timeout))
+        if len(asked) < 3:
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(pretrained, "get_session", lambda: Namespace(head=answer))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("the hub's client retries"))
+    with pytest.raises(ModelError, match=r"could not be downloaded .*; fetch 'timm/deit_tiny_patch16_224.fb_in1k'"):
+        load_pretrained(spec)
+    folder, state = tmp_path / "models--timm--deit_tiny_patch16_224.fb_in1k", spec.build().state_dict()
+    for place in ("refs", "snapshots/0123"):
+        (folder / place).mkdir(parents=True)
+    (folder / "refs/main").write_text("0123")
+    save_file(state, folder / "snapshots/0123/model.safetensors")
+    model, remarks = load_pretrained(spec)
+    assert torch.equal(model.pos_embed, state["pos_embed"]) and not remarks
+    with pretrained.downloading("vit_tiny"):
+        assert not hub.HF_HUB_OFFLINE, "a hub that answers is not offline"
+    assert asked == [(hub.ENDPOINT, 5)] * 3 and not hub.HF_HUB_OFFLINE
 
 
 def test_an_archive_without_checksums_is_read(tmp_path):

@@ -130,6 +130,7 @@ from argparse import Namespace
 from conftest import TINY_WIDTHS, proxy_batches, tiny_supernet
 from test_engine import training_args, trained
 from models.piad.distillation import Distillation
+from models.vit.pretrained import save_checkpoint
 
 args = Namespace(device="cpu", seed=0)
 utils.start_up(args)
@@ -150,7 +151,7 @@ for name, draw, teacher in (("together", together, Distillation("inplace", 0.5, 
     accum = 2 if name == "together" else 1
     state, _ = trained(batches, draw, teacher, accum_iter=accum, clip_grad=1.0 if accum == 2 else None)
     assert utils.all_the_same(str([p.sum().item() for p in state.values()]))
-    utils.save_torch(state, f"{sys.argv[1]}/{name}{ranks}.pth")
+    save_checkpoint(state, f"{sys.argv[1]}/{name}{ranks}.pth")
 
 poisoned = [(x.clone(), y, p) for x, y, p in batches]
 if rank == 0:

@@ -16,7 +16,7 @@ from runs import CONTEXT
 from test_bad_input import COMMON, module_of, run_stage
 
 import utils
-from models.vit.pretrained import ModelSpec, read_checkpoint
+from models.vit.pretrained import ModelSpec, read_checkpoint, save_checkpoint
 
 MINUTES, LIMIT, MEMORY = 10, 120, 12 * 2**30
 STARTS = {
@@ -105,7 +105,7 @@ def net(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     with contextlib.chdir(folder):
         utils.seed_all(3)
-        utils.save_torch(ModelSpec("vit_digits", 10).build().state_dict(), Path("start.pth"))
+        save_checkpoint(ModelSpec("vit_digits", 10).build().state_dict(), Path("start.pth"))
         run_stage("main_reparam.py --model vit_digits --pretrained start.pth --proxy-samples 32 --output-dir net")
         run_stage("main_test.py --checkpoint net --op-code 9 --save subnet --output-dir results")
     return folder

@@ -13,7 +13,7 @@ from models.subnet import load_supernet
 from models.subnet.budget import Budget
 from models.subnet.store import WEIGHTS_NAME
 from models.vit.cost import Costs
-from models.vit.pretrained import ModelSpec
+from models.vit.pretrained import ModelSpec, save_checkpoint
 from models.vit.supernet import as_supernet, current_widths, full_widths
 from models.vit.weights import digest
 from models.vit.widths import Widths
@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
     utils.seed_all(0)
     supernet = as_supernet(spec.build())
     compensation = rewritten(supernet, measured(supernet, hidden=True))
-    utils.save_torch(supernet.state_dict(), folder / WEIGHTS_NAME)
+    save_checkpoint(supernet.state_dict(), folder / WEIGHTS_NAME)
     save_compensation(compensation, supernet, folder / COMPENSATION_NAME, digest(supernet.state_dict()))
     table = WidthTable([Widths((2 * n,) * 4, (32 * n,) * 4) for n in range(8, 0, -1)])
     table.describe(spec, Costs.of(supernet))

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets
 import utils
 from engine import evaluate, make_criterion, train_one_epoch
-from models.vit.pretrained import ModelSpec
+from models.vit.pretrained import ModelSpec, save_checkpoint
 from options import add_training_options, print_command, required_model, stage_parser
 from training import TrainingRun
 from utils import print_once
@@ -47,7 +47,7 @@ def main(args):
                 figures["test_top1"] = top1
             run.finish_epoch(figures, top1)
     weights = output / "pretrained.pth"
-    utils.save_torch({"model": {name: value.cpu() for name, value in model.state_dict().items()}}, weights)
+    save_checkpoint({"model": {name: value.cpu() for name, value in model.state_dict().items()}}, weights)
     print_once(f"wrote {weights}; next:")
     print_command(args, "main_reparam.py", "--model", args.model, "--pretrained", weights)
 

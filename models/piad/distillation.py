@@ -5,14 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.vit.pretrained import (
-    ALIASES,
-    check_known,
-    default_num_classes,
-    load_weights,
-    not_downloaded,
-    read_checkpoint,
-)
+from models.vit.pretrained import ALIASES, check_known, default_num_classes, downloading, load_weights, read_checkpoint
 from utils import ModelError
 
 
@@ -57,7 +50,5 @@ def load_teacher(name, num_classes, path=None):
         return teacher
     if default_num_classes(name) != num_classes or changes:
         raise ModelError(f"{name}: there are no published weights for {num_classes} classes", needs_file=True)
-    try:
+    with downloading(timm_name):
         return timm.create_model(timm_name, pretrained=True)
-    except Exception as error:  # as in load_pretrained
-        raise not_downloaded(timm_name, error) from None

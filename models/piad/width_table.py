@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import utils
 from models.vit.cost import MATMULS
 from models.vit.widths import Widths, branch_names
-from utils import InputError
+from utils import InputError, TableError
 
 TABLE_NAME = "mask_table.json"
 FORMAT_VERSION = 1
@@ -76,12 +76,10 @@ class WidthTable:
         utils.save_text(self.to_json(), path)
 
     def check_made_for(self, weights, source):
-        """Raise InputError if the table is known to be made for others than ``weights``, a digest. Tables of stage 1
+        """Raise TableError if the table is known to be made for others than ``weights``, a digest. Tables of stage 1
         know theirs; published ones do not."""
         if self.meta.get("weights", weights) != weights:
-            raise InputError(
-                f"{source}: made for other weights than these; to use it all the same, give it as mask_table"
-            )
+            raise TableError(f"{source}: made for other weights than these")
 
     def check_fits(self, costs, source):
         """Raise InputError unless the table is one of the network with ``costs``: it starts at the full widths, and

@@ -25,7 +25,7 @@ from models.vit.supernet import as_stock, as_supernet, set_widths
 from models.vit.weights import digest
 from models.vit.widths import Widths
 from models.wpac.compensation import COMPENSATION_NAME, compensate, load_compensation
-from utils import InputError
+from utils import InputError, TableError
 
 WEIGHTS_NAME = "reparamed.pth"
 # In a folder without numbered checkpoints, the first of these; the second and the third are the paper's own code's.
@@ -217,14 +217,11 @@ def _chosen_weights(content, use_ema, path):
 def _agreed(beside, inside, table_path, path):
     """The table inside a checkpoint. The one beside it may be longer or shorter by what a stopped run had not saved.
 
-    Raises InputError if they are of different runs.
+    Raises TableError if they are of different runs.
     """
     common = min(beside.last, inside.last) + 1
     if beside.steps[:common] != inside.steps[:common]:
-        raise InputError(
-            f"{table_path}: not the table that {path.name} was trained with; to use it all the same, give it as "
-            "mask_table"
-        )
+        raise TableError(f"{table_path}: not the table that {path.name} was trained with")
     return beside if beside.last == inside.last else inside
 
 

@@ -5,13 +5,17 @@ import pickle
 import re
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.utils import get_session
 from torch import nn
 
+import utils
 from models.vit import weights
 from models.vit.supernet import check_supported
 from utils import InputError, ModelError, SizeError, first_line, nearest
@@ -148,6 +152,25 @@ def read_checkpoint(path):
     return content
 
 
+def save_checkpoint(content, path):
+    """torch.save of a dict to ``path``, complete or not at all. Main rank only; the others return at once.
+
+    Raises InputError if it cannot be written, and FloatingPointError rather than write NaN or infinite values.
+    """
+    if not utils.is_main():
+        return
+    try:
+        weights.check_finite(content)
+    except ValueError as error:
+        raise FloatingPointError(f"{path}: not written, {error}") from None
+    # Through a file of ours: torch's own reports a full disk as an error of its archive.
+    with utils.atomic_file(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
 def _state_dict(state, member, path):
     """``state`` without the prefixes of wrapped and of compiled models. Raises InputError if it is none."""
     if (
@@ -259,19 +282,29 @@ def load_pretrained(spec, path=None, **kwargs):
     published, cfg = default_num_classes(spec.name), timm.get_pretrained_cfg(timm_name)
     if spec.name in OWN_SHAPES or cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise ModelError(f"{spec.name}: there are no published weights", needs_file=True)
-    try:
+    with downloading(timm_name):
         model = spec.build(pretrained=True, **kwargs)
-    except Exception as error:  # the hub client, its HTTP library and the file system each have their own kinds
-        raise not_downloaded(timm_name, error) from None
     changed = published != spec.num_classes
     return model, [f"the published classifier has {published} classes: replaced"] if changed else []
 
 
-def not_downloaded(timm_name, error):
-    """The ModelError that says what to fetch where timm's hub cannot be reached."""
-    cfg = timm.get_pretrained_cfg(timm_name)
-    return ModelError(
-        f"{timm_name}: the published weights could not be downloaded ({type(error).__name__}); fetch "
-        f"'{(cfg and cfg.hf_hub_id) or timm_name}' (model.safetensors, or DeiT's .pth) on a machine with a network",
-        needs_file=True,
-    )
+@contextmanager
+def downloading(timm_name):
+    """Within, timm loads published weights. The hub's client retries for a minute where there is no network: so the hub
+    is asked once, and if it does not answer, its cache is all there is. Raises ModelError that says what to fetch."""
+    offline = hub.HF_HUB_OFFLINE
+    try:
+        get_session().head(hub.ENDPOINT, timeout=5)
+    except Exception:  # of its HTTP library, which depends on its version
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as error:  # the hub client, its HTTP library and the file system each have their own kinds
+        cfg = timm.get_pretrained_cfg(timm_name)
+        raise ModelError(
+            f"{timm_name}: the published weights could not be downloaded ({type(error).__name__}); fetch "
+            f"'{(cfg and cfg.hf_hub_id) or timm_name}' (model.safetensors, or DeiT's .pth) on a machine with a network",
+            needs_file=True,
+        ) from None
+    finally:
+        hub.HF_HUB_OFFLINE = offline

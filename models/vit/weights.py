@@ -22,10 +22,12 @@ def digest(state):
     return total.hexdigest()
 
 
-def check_finite(state):
-    """Raise ValueError if a value of a dict of tensors is NaN or infinite."""
-    for name, value in state.items():
-        if not torch.isfinite(value).all():
+def check_finite(content):
+    """Raise ValueError if a tensor in nested dicts is NaN or infinite."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            check_finite(value)
+        elif isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
             raise ValueError(f"{name} holds NaN or infinite values")
 
 
