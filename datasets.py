@@ -6,7 +6,7 @@ import math
 import os
 import random
 import zlib
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, Mixup, create_dataset, create_transform, infer_imagenet_subset
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms as T
 
@@ -131,22 +131,18 @@ def _cub(root, train):
     return tv.ImageFolder(folder / "images", is_valid_file=wanted.__contains__)
 
 
-def _inaturalist(year):
+def _inaturalist(year, root, train):
     """iNaturalist from the annotations of its competition, as in DeiT."""
-
-    def load(root, train):
-        path = root / f"{'train' if train else 'val'}{year}.json"
-        content = utils.parse_json(utils.read_text(path, "expected the annotations of the competition"), path)
-        files = {image["id"]: root / image["file_name"] for image in content["images"]}
-        samples = [(files[each["image_id"]], each["category_id"]) for each in content["annotations"]]
-        return ListedDataset(samples, len(content["categories"]))
-
-    return load
+    path = root / f"{'train' if train else 'val'}{year}.json"
+    content = utils.parse_json(utils.read_text(path, "expected the annotations of the competition"), path)
+    files = {image["id"]: root / image["file_name"] for image in content["images"]}
+    samples = [(files[each["image_id"]], each["category_id"]) for each in content["annotations"]]
+    return ListedDataset(samples, len(content["categories"]))
 
 
-def _with_split(cls):
+def _by_split(cls, root, train):
     """A torchvision data set with a training and a test split."""
-    return lambda root, train: cls(root, split="train" if train else "test")
+    return cls(root, split="train" if train else "test")
 
 
 # name: (function (folder, whether to train) -> data set, number of classes unless the data set knows it, what is
@@ -159,12 +155,12 @@ DATA_SETS = {
     ),
     "CIFAR10": (lambda root, train: tv.CIFAR10(root, train=train), 10, "cifar-10-batches-py/"),
     "CIFAR": (lambda root, train: tv.CIFAR100(root, train=train), 100, "cifar-100-python/"),
-    "FLOWERS": (_with_split(tv.Flowers102), 102, "flowers-102/"),
-    "CARS": (_with_split(tv.StanfordCars), 196, "stanford_cars/"),
+    "FLOWERS": (partial(_by_split, tv.Flowers102), 102, "flowers-102/"),
+    "CARS": (partial(_by_split, tv.StanfordCars), 196, "stanford_cars/"),
     "CUB": (_cub, None, "CUB_200_2011/ with images/, images.txt and train_test_split.txt"),
-    "INAT": (_inaturalist(2018), None, "train2018.json and val2018.json, which name the images"),
-    "INAT19": (_inaturalist(2019), None, "train2019.json and val2019.json, which name the images"),
-    "FOOD": (_with_split(tv.Food101), 101, "food-101/"),
+    "INAT": (partial(_inaturalist, 2018), None, "train2018.json and val2018.json, which name the images"),
+    "INAT19": (partial(_inaturalist, 2019), None, "train2019.json and val2019.json, which name the images"),
+    "FOOD": (partial(_by_split, tv.Food101), 101, "food-101/"),
     "DIGITS": (_digits, None, "nothing"),
     "FASHION_MNIST": (_fashion_mnist, 10, "its four *-ubyte.gz files, or torchvision's FashionMNIST/raw/"),
 }
@@ -175,9 +171,10 @@ OFFICIAL_NAMES = {"FLOWERS102": "FLOWERS", "CUB200": "CUB", "CARS196": "CARS", "
 
 
 def load_images(args, train):
-    """The images of ``args.data_set`` below ``args.data_path``, untransformed. Raises InputError if they are absent."""
+    """The images of ``args.data_set`` below ``args.data_path``, untransformed. Their member ``num_classes`` is None if
+    the data set does not say it. Raises InputError if they are absent."""
     name = OFFICIAL_NAMES.get(args.data_set.upper(), args.data_set.upper())
-    load, classes, expected = DATA_SETS.get(name, (_timms_data_set(args.data_set), None, "what timm reads"))
+    load, classes, expected = DATA_SETS.get(name, (partial(_timms_data_set, args.data_set), None, "what timm reads"))
     try:
         dataset = load(Path(args.data_path), train)
     except InputError:
@@ -187,45 +184,31 @@ def load_images(args, train):
         raise InputError(f"{args.data_path}: no {args.data_set}; expected {expected} ({reason})") from None
     if not len(dataset):
         raise InputError(f"{args.data_path}: no images for {'training' if train else 'evaluation'} in {args.data_set}")
-    if classes:
-        dataset.num_classes = classes
+    names = getattr(dataset, "classes", None)
+    dataset.num_classes = classes or getattr(dataset, "num_classes", len(names) if names else None)
     return dataset
 
 
-def _timms_data_set(name):
-    """The function (folder, whether to train) -> data set for a name of timm's. It raises InputError for other names:
-    timm itself takes each for a folder of images."""
+def _timms_data_set(name, root, train):
+    """The data set of a name of timm's. Raises InputError for other names: timm itself takes each for a folder."""
     kind = name.partition("/")[0].lower()
-
-    def load(root, train):
-        if kind == "hfds":
-            raise InputError(
-                f"--data-set {name}: timm cannot import Hugging Face's package 'datasets', since datasets.py here has "
-                "its name; save the images in folders, and take ImageFolder"
-            )
-        if kind in ("tfds", "wds", "hfids"):
-            raise InputError(f"--data-set {name}: a stream; supported are data sets with images by number")
-        if kind not in ("imagefolder", "torch"):
-            close = nearest(name.upper(), [*DATA_SETS, *OFFICIAL_NAMES, "IMAGEFOLDER"])
-            raise InputError(
-                f"--data-set {name}: neither one of {', '.join(DATA_SETS)} nor timm's ImageFolder or torch/...{close}"
-            )
-        _refuse_loops(root)
-        dataset = create_dataset(name, root=root, split="train" if train else "validation")
-        # timm's own ImageDataset answers with the next image when one cannot be read.
-        return ReaderDataset(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
-
-    return load
-
-
-def count_classes(dataset):
-    """The number of classes of a data set, or None if it does not say."""
-    if isinstance(dataset, Subset):
-        return count_classes(dataset.dataset)
-    if hasattr(dataset, "num_classes"):
-        return dataset.num_classes
-    names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-    return len(names) if names else None
+    if kind == "hfds":
+        raise InputError(
+            f"--data-set {name}: timm cannot import Hugging Face's package 'datasets', since datasets.py here has its "
+            "name; save the images in folders, and take ImageFolder"
+        )
+    if kind in ("tfds", "wds", "hfids"):
+        raise InputError(f"--data-set {name}: a stream; supported are data sets with images by number")
+    if kind not in ("imagefolder", "torch"):
+        close = nearest(name.upper(), [*DATA_SETS, *OFFICIAL_NAMES, "IMAGEFOLDER"])
+        raise InputError(
+            f"--data-set {name}: neither one of {', '.join(DATA_SETS)} nor timm's ImageFolder or torch/...{close}"
+        )
+    _refuse_loops(root)
+    dataset = create_dataset(name, root=root, split="train" if train else "validation")
+    if isinstance(dataset, ImageDataset):  # which answers with the next image when one cannot be read
+        return ListedDataset(dataset.reader.samples, len(dataset.reader.class_to_idx))
+    return dataset
 
 
 def class_names(dataset):
@@ -245,7 +228,7 @@ def relabel(images, classes, flag, names=None):
     if len(names) != classes or missing:
         one = f", and none of these is '{missing[0]}'" if names and own and missing else ""
         raise InputError(
-            f"{flag} has {count_classes(images)} classes, the checkpoint {classes}{one}; if they are some of these, "
+            f"{flag} has {images.num_classes} classes, the checkpoint {classes}{one}; if they are some of these, "
             "--class-map FILE says which: their folders' names, a line for each class of the checkpoint"
         )
     images.target_transform, images.num_classes = [names.index(name) for name in own].__getitem__, classes
@@ -254,9 +237,8 @@ def relabel(images, classes, flag, names=None):
 
 def check_classes(images, classes, flag):
     """Raise InputError if the data set ``images`` has labels that a network of ``classes`` classes has no logit for."""
-    own = count_classes(images)
-    if own and own > classes:
-        raise InputError(f"{flag}: the network has {classes} classes, the data set {own}")
+    if (images.num_classes or 0) > classes:
+        raise InputError(f"{flag}: the network has {classes} classes, the data set {images.num_classes}")
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -277,44 +259,12 @@ def as_rgb(image):
     return image.convert("RGB")
 
 
-class ReaderDataset(Dataset):
-    """The images of a timm reader."""
-
-    def __init__(self, reader):
-        self.reader = reader
-
-    def __len__(self):
-        return len(self.reader)
-
-    def __getitem__(self, index):
-        file, label = self.reader[index][:2]
-        return open_image(file), label
-
-
 def image_name(images, index):
     """The path of an image of a data set, or its number if the data set does not know the path."""
-    if isinstance(images, Subset):
-        return image_name(images.dataset, images.indices[index])
     if hasattr(images, "samples"):
         return str(images.samples[index][0])
-    if hasattr(images, "reader"):
-        return str(images.reader.filename(index, absolute=True))
     paths = getattr(images, "_image_files", None)  # torchvision's Flowers102 and Food101
     return str(paths[index]) if paths else f"image {index}"
-
-
-def _refuse_pipe(name):
-    """Raise ValueError if there is something by this name, but no file: a pipe would be waited for."""
-    if os.path.exists(name) and not os.path.isfile(name):
-        raise ValueError("not a file")
-
-
-@dataclass
-class BadImage:
-    """An image that cannot be read. Loader processes return it, because their errors would arrive as tracebacks."""
-
-    name: str
-    reason: str
 
 
 # ------------------------------------------------------------------------------------------ transforms
@@ -324,18 +274,10 @@ def train_transform(args, config):
     """DeiT's augmentation through timm. config: of ``data_config``."""
     size = config["img_size"]
     transform = create_transform(
-        input_size=size,
-        is_training=True,
-        scale=tuple(args.scale),
-        hflip=args.hflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa or None,
-        interpolation="bicubic",
-        re_prob=args.reprob,
-        re_mode="pixel",
-        mean=config["mean"],
-        std=config["std"],
-    )
+        input_size=size, is_training=True, scale=tuple(args.scale), hflip=args.hflip, color_jitter=args.color_jitter,
+        auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode="pixel",
+        mean=config["mean"], std=config["std"],
+    )  # fmt: skip
     if size <= 32:
         # As in DeiT: images this small are shifted, not cropped to a fraction of their area.
         shift = T.Compose([T.Resize((size, size), T.InterpolationMode.BICUBIC), T.RandomCrop(size, padding=size // 8)])
@@ -373,21 +315,24 @@ def between_models(student, teacher):
     own, other = data_config(student), data_config(teacher)
     mean = [(m - n) / s for m, n, s in zip(other["mean"], own["mean"], own["std"], strict=True)]
     std = [s / t for s, t in zip(other["std"], own["std"], strict=True)]
-    steps = [T.Resize((other["img_size"],) * 2, T.InterpolationMode.BICUBIC)] * (own["img_size"] != other["img_size"])
-    return T.Compose(
-        [*steps, T.Normalize(mean, std)] if (own["mean"], own["std"]) != (other["mean"], other["std"]) else steps
-    )
+    steps = []
+    if own["img_size"] != other["img_size"]:
+        steps.append(T.Resize((other["img_size"],) * 2, T.InterpolationMode.BICUBIC))
+    if (own["mean"], own["std"]) != (other["mean"], other["std"]):
+        steps.append(T.Normalize(mean, std))
+    return T.Compose(steps)
 
 
 # ------------------------------------------------------------------------------------------ loaders
 
 
 class TransformedDataset(Dataset):
-    """Items are (transformed image, label, index, [BadImage ...]).
+    """Items are (transformed image, label, index, [(name, what is wrong in words) of a bad image ...]).
 
     The index may be a pair (index, key). Then this process's randomness is seeded from the key first, so that the
-    augmentation of an image depends on the key alone. The last member lists images that could not be read. replace: the
-    next readable image takes their place; without it, or after BAD_IN_A_ROW of them, image, label and index are None.
+    augmentation of an image depends on the key alone. replace: the next readable image takes the place of bad ones;
+    without it, or after BAD_IN_A_ROW of them, image, label and index are None. Loader processes return bad images,
+    because their errors would arrive as tracebacks.
     """
 
     def __init__(self, images, transform, replace=False):
@@ -400,13 +345,15 @@ class TransformedDataset(Dataset):
         index, key = item if isinstance(item, tuple) else (item, None)
         bad = []
         for _ in range(self.attempts):
+            name = image_name(self.images, index)
             try:
-                _refuse_pipe(image_name(self.images, index))
+                if os.path.exists(name) and not os.path.isfile(name):
+                    raise ValueError("not a file")  # a pipe would be waited for
                 image, label = self.images[index]
                 image = as_rgb(image)
                 break
             except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
-                bad.append(BadImage(image_name(self.images, index), first_line(error)))
+                bad.append((name, f"{name}: not a readable image ({first_line(error)})"))
                 index = (index + 1) % len(self.images)
         else:
             return None, None, None, bad
@@ -418,7 +365,7 @@ class TransformedDataset(Dataset):
 
 
 def _collate(items):
-    """((images, labels, indices) or None if no image could be read, [BadImage ...]) of a batch of items."""
+    """((images, labels, indices) or None if no image could be read, bad images) of a batch of items."""
     good = [item[:3] for item in items if item[0] is not None]
     return default_collate(good) if good else None, [bad for item in items for bad in item[3]]
 
@@ -435,7 +382,7 @@ class ImageLoader:
 
     def __init__(self, images, transform, args, drop_last, title=None, **kwargs):
         self.skip, self.sampler, self.title = args.skip_bad_images, kwargs["sampler"], title
-        self.bad, self.seen, self.reported, self.classes = {}, 0, set(), count_classes(images)
+        self.bad, self.seen, self.reported, self.classes = {}, 0, set(), getattr(images, "num_classes", None)
         self.loader = DataLoader(
             TransformedDataset(images, transform, replace=drop_last and self.skip), batch_size=args.batch_size,
             num_workers=args.num_workers, pin_memory=args.pin_mem and args.device != "cpu", collate_fn=_collate,
@@ -466,11 +413,11 @@ class ImageLoader:
         self.bad, self.seen = {}, 0
         for batch, bad in self._together() if self.title else self.loader:
             if bad and not self.skip:
-                raise InputError(f"{_in_words(bad[0])}; --skip-bad-images goes on without such images")
-            self.bad |= {image.name: image for image in bad}
+                raise InputError(f"{bad[0][1]}; --skip-bad-images goes on without such images")
+            self.bad |= dict(bad)
             self.seen += len(batch[1]) if batch else 0
             if self.loader.drop_last and (not batch or len(batch[1]) < self.loader.batch_size):
-                raise InputError(f"{_in_words(bad[-1])}, and so are {BAD_IN_A_ROW} in a row: too many to go on")
+                raise InputError(f"{bad[-1][1]}, and so are {BAD_IN_A_ROW} in a row: too many to go on")
             if batch:
                 self._check_labels(batch)
                 yield batch
@@ -484,17 +431,13 @@ def report_bad_images(loader, title):
     if not isinstance(loader, ImageLoader) or not loader.skip:
         return
     passes = utils.gather((loader.bad, loader.seen))
-    bad = {name: image for found, _ in passes for name, image in found.items()}
+    bad = {name: words for found, _ in passes for name, words in found.items()}
     if bad and not any(seen for _, seen in passes):
-        raise InputError(f"{title}: no image could be read, the first: {_in_words(min(bad.items())[1])}")
+        raise InputError(f"{title}: no image could be read, the first: {min(bad.items())[1]}")
     if bad and set(bad) != loader.reported:
         loader.reported = set(bad)
         names = ", ".join(sorted(bad)[:3]) + (", ..." if len(bad) > 3 else "")
         utils.print_once(f"{title}: {len(bad)} image(s) could not be read and were skipped: {names}")
-
-
-def _in_words(bad):
-    return f"{bad.name}: not a readable image ({bad.reason})"
 
 
 class KeyedSampler:
@@ -532,8 +475,8 @@ def train_loader(images, transform, args):
 
 def eval_loader(images, transform, args):
     """This rank's share of ``images`` in order, every image exactly once over all ranks."""
-    share = Subset(images, range(utils.rank(), len(images), utils.world_size()))
-    return ImageLoader(share, transform, args, drop_last=False, title="evaluate", sampler=SequentialSampler(share))
+    share = range(utils.rank(), len(images), utils.world_size())
+    return ImageLoader(images, transform, args, drop_last=False, title="evaluate", sampler=share)
 
 
 def proxy_loader(images, transform, args, flag):

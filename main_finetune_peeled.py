@@ -73,7 +73,7 @@ def chosen_widths(loaded, args, device):
 
 def fit_classifier(subnet, spec, images):
     """Replace the classifier if the data set has another number of classes. Returns the ModelSpec that then holds."""
-    classes = datasets.count_classes(images) or spec.num_classes
+    classes = images.num_classes or spec.num_classes
     if classes != spec.num_classes:
         print_once(f"note: the classifier has {spec.num_classes} classes: replaced by a new one for {classes}")
         subnet.reset_classifier(classes)

@@ -111,7 +111,7 @@ def build_model(args):
     images = datasets.load_images(args, train=True)
     classes = args.nb_classes
     if classes is None:
-        classes = datasets.count_classes(images) or default_num_classes(args.model)
+        classes = images.num_classes or default_num_classes(args.model)
     if not classes and args.objective == "label":
         raise InputError("--nb-classes 0: without a classifier there are no logits to measure; use --objective feature")
     if args.objective == "label":

@@ -103,7 +103,7 @@ def make_test(args, loaded):
     if args.probe:
         both = [datasets.eval_loader(x, transform, args) for x in (datasets.load_images(args, train=True), images)]
         return lambda networks, device: [probe(n, *both, device, args.amp, args.probe) for n in networks]
-    own, names = datasets.count_classes(images), None
+    own, names = images.num_classes, None
     if args.class_map:
         names = utils.read_text(args.class_map, "expected the name of a class in every line").splitlines()
     if names or own not in (None, classes):

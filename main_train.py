@@ -17,14 +17,8 @@ from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec, classes_of, load_weights, read_checkpoint
 from models.vit.supernet import as_supernet
 from models.vit.weights import digest
-from training import TrainingRun
+from training import OF_GROWTH, TrainingRun
 from utils import InputError, print_once, with_unit
-
-# The options that say how the list of sub-networks grows.
-OF_GROWTH = (
-    "grow_epochs", "sensitivity", "drop_ratio", "skip_blocks", "only", "min_width", "multiple_of", "proxy_samples",
-    "objective",
-)  # fmt: skip
 
 
 def get_args(argv=None):
@@ -110,7 +104,7 @@ def build(args, device):
     state = read_checkpoint(path)["model"]
     # Strings: checkpoints hold the arguments, and nothing but plain values.
     args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path, state)
-    classes = args.nb_classes or datasets.count_classes(images) or classes_of(state)
+    classes = args.nb_classes or images.num_classes or classes_of(state)
     if not classes:
         raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb-classes")
     datasets.check_classes(images, classes, f"--nb-classes {args.nb_classes}")
@@ -168,10 +162,8 @@ def make_dropout(args, supernet):
         table = WidthTable.load(args.mask_table)
         table.check_fits(costs, args.mask_table)
         print_once(f"training the {len(table.steps)} sub-networks of {args.mask_table} from the start")
-        if unused := [f"--{name.replace('_', '-')}" for name in OF_GROWTH if name in args.given]:
+        if unused := [f"--{name.replace('_', '-')}" for name in args.given if name in OF_GROWTH]:
             print_once(f"note: {', '.join(unused)}: without effect, for that table does not grow")
-        for name in OF_GROWTH:
-            delattr(args, name)  # and so not compared when the run goes on
         return DropoutList(units, costs, table.steps, **drawing)
     utils.at_most(args, "grow_epochs", args.epochs, f"--epochs is {args.epochs}")
     print_once(f"the width table grows in {args.grow_epochs} epochs")

@@ -28,6 +28,11 @@ MAY_DIFFER = {
     "pretrained", "checkpoint", "mask_table", "teacher_path", "use_ema", "compensation", "compensate", "calibrate",
     "op_code", "macs", "macs_ratio", "params", "latency_ms", "latency_device", "latency_batch_size", "finer",
 }  # fmt: skip
+# How a width table grows: without effect if --mask-table gives a complete one.
+OF_GROWTH = {
+    "grow_epochs", "sensitivity", "drop_ratio", "skip_blocks", "only", "min_width", "multiple_of", "proxy_samples",
+    "objective",
+}  # fmt: skip
 NOT_COMPARED = {"resume", "rank", "given"}
 
 
@@ -222,15 +227,15 @@ class TrainingRun:
 
         'auto' passes over what cannot be gone on from. Raises InputError if nothing else is there.
         """
-        passed, first = [], None
-        while path := to_resume(self.args.resume, output, passed):
+        first = None
+        for path in to_resume(self.args.resume, output):
             try:
                 return path, self.restore(path)
             except InputError as error:
                 if self.args.resume != "auto" or isinstance(error, FlagsDiffer):
                     raise
                 print_once(f"note: passed over: {error}")
-                passed, first = [*passed, path], first or error
+                first = first or error
         if first:
             raise first
         return None, {}
@@ -274,6 +279,8 @@ class TrainingRun:
             may_differ -= {"batch_size", "accum_iter", "world_size"}
         if bool(then.get("mask_table")) != bool(now.get("mask_table")):
             may_differ -= {"mask_table"}
+        if now.get("mask_table"):
+            may_differ |= OF_GROWTH
         if self.args.sched in ("step", "multistep"):
             may_differ |= {"epochs"}  # these do not look ahead
         changed = [name for name in now if name in then and name not in NOT_COMPARED and now[name] != then[name]]
@@ -303,46 +310,42 @@ def other_kind(own, saved):
 
     Members that only one of them has are left alone, and what is None in ``own`` may be anything.
     """
-    for name, value in own.items() if isinstance(own, dict) else enumerate(own):
-        if value is None or (isinstance(saved, dict) and name not in saved):
-            continue
-        other = saved[name]
-        if isinstance(value, dict):
-            fits = isinstance(other, dict)
-        elif isinstance(value, list | tuple):
-            fits = isinstance(other, list | tuple) and len(other) == len(value)
-        elif isinstance(value, torch.Tensor):
-            fits = isinstance(other, torch.Tensor) and other.shape == value.shape
-        else:
-            fits = isinstance(other, int | float if isinstance(value, float) else type(value))
-        inner = other_kind(value, other) if fits and isinstance(value, dict | list | tuple) else None
-        if not fits or inner:
-            return f"{name}.{inner}" if inner else str(name)
-    return None
+    found = dict(_members(saved))
+    return next((name for name, value in _members(own) if name in found and not _alike(value, found[name])), None)
 
 
-def to_resume(resume, output, passed=()):
-    """The checkpoint that ``--resume`` means: a file, or for 'auto' the newest readable one in ``output``, if any, but
-    for those ``passed`` over.
+def _members(tree, name=""):
+    """(dotted name, value) of all that is in nested dicts and lists, outer ones first."""
+    yield name, tree
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _members(value, f"{name}.{key}".removeprefix("."))
+
+
+def _alike(value, other):
+    if isinstance(value, list | tuple):
+        return isinstance(other, list | tuple) and len(other) == len(value)
+    if isinstance(value, torch.Tensor):
+        return isinstance(other, torch.Tensor) and other.shape == value.shape
+    return value is None or isinstance(other, int | float if isinstance(value, float) else type(value))
+
+
+def to_resume(resume, output):
+    """The checkpoints that ``--resume`` may go on from, the preferred first: a file, or for 'auto' those in ``output``.
 
     Raises InputError if a new run would overwrite the checkpoints of an earlier one.
     """
-    found = numbered_checkpoints(output)
-    if not resume and (found or (output / MID_EPOCH_NAME).exists()):
+    found, mid = numbered_checkpoints(output), output / MID_EPOCH_NAME
+    if not resume and (found or mid.exists()):
         raise InputError(f"--output-dir {output}: holds checkpoints; go on with --resume auto, or take another folder")
     if resume != "auto":
-        return resume and Path(resume)
+        return [Path(resume)] if resume else []
     # A mid-epoch file is newer than all complete epochs, unless the run was stopped before it could be removed.
-    positions = {output / MID_EPOCH_NAME: _position(output / MID_EPOCH_NAME)}
-    for number in sorted(found, reverse=True):
-        positions[found[number]] = _position(found[number])
-        if positions[found[number]] and found[number] not in passed:
-            break
-    readable = {path: position for path, position in positions.items() if position and path not in passed}
-    chosen = max(readable, key=readable.get, default=None)
-    if not utils.all_the_same(str(chosen)):
-        raise InputError(f"--resume auto: not every rank finds {chosen}; --output-dir must be on shared storage")
-    return chosen
+    positions = {mid: _position(mid)} | {path: (number + 1, 0) for number, path in found.items()}
+    paths = sorted(filter(positions.get, positions), key=positions.get, reverse=True)
+    if not utils.all_the_same(str(paths)):
+        raise InputError(f"--resume auto: not every rank finds {paths}; --output-dir must be on shared storage")
+    return paths
 
 
 def _position(path):

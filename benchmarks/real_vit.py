@@ -62,7 +62,7 @@ def stored(path, make):
 class Bench(common.Bench):
     def __init__(self, args, device):
         train, self.args = datasets.load_images(args, train=True), args
-        spec = ModelSpec(args.model, datasets.count_classes(train), args.input_size)
+        spec = ModelSpec(args.model, train.num_classes, args.input_size)
         model = load_pretrained(spec, args.pretrained)[0].eval().to(device)
         fit_classifier(model, args)
         transform = datasets.eval_transform(args, datasets.data_config(model))

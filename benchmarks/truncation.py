@@ -76,7 +76,7 @@ def get_args():
 class Bench(common.Bench):
     def __init__(self, args, device, seed, path):
         train = datasets.load_images(args, train=True)
-        model, _ = load_pretrained(ModelSpec(args.model, datasets.count_classes(train), args.input_size), path)
+        model, _ = load_pretrained(ModelSpec(args.model, train.num_classes, args.input_size), path)
         transform = datasets.eval_transform(args, datasets.data_config(model))
         proxy = list(datasets.proxy_loader(train, transform, args, "proxy_samples"))
         test = common.load_tensors(args, model, train=False, count=args.test_images)

@@ -36,7 +36,7 @@ def test_fashion_mnist_from_gzipped_idx_files(shared_args, tmp_path):
     write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.array([4, 0, 9]))
     dataset = datasets.load_images(named(shared_args, "FASHION_MNIST", tmp_path), train=False)
     image, label = dataset[2]
-    assert len(dataset) == 3 and label == 9 and datasets.count_classes(dataset) == 10
+    assert len(dataset) == 3 and label == 9 and dataset.num_classes == 10
     assert np.array_equal(np.asarray(datasets.as_rgb(image))[..., 1], pixels[2])
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"not gzip")
     with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte\.gz: not a gzipped IDX file"):
@@ -64,7 +64,7 @@ def test_cifar_in_torchvisions_layout(shared_args, tmp_path, monkeypatch):
     content = {"data": np.zeros((2, 3072), np.uint8), "labels": [3, 7]}
     (folder / "test_batch").write_bytes(pickle.dumps(content))
     dataset = datasets.load_images(named(shared_args, "CIFAR10", tmp_path), train=False)
-    assert len(dataset) == 2 and dataset[1][1] == 7 and datasets.count_classes(dataset) == 10
+    assert len(dataset) == 2 and dataset[1][1] == 7 and dataset.num_classes == 10
 
 
 def test_stanford_cars_in_torchvisions_layout(shared_args, tmp_path):
@@ -77,7 +77,7 @@ def test_stanford_cars_in_torchvisions_layout(shared_args, tmp_path):
     savemat(folder / "devkit/cars_train_annos.mat", {"annotations": np.array([(3, "00001.jpg")] * 2, kinds)})
     savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array(["a", "b", "c"], object)})
     dataset = datasets.load_images(named(shared_args, "CARS", tmp_path), train=True)
-    assert len(dataset) == 2 and dataset[0][1] == 2 and datasets.count_classes(dataset) == 196
+    assert len(dataset) == 2 and dataset[0][1] == 2 and dataset.num_classes == 196
 
 
 def test_cub_by_its_own_split(shared_args, tmp_path):
@@ -93,7 +93,7 @@ def test_cub_by_its_own_split(shared_args, tmp_path):
     sizes = {}
     for train in (True, False):
         dataset = datasets.load_images(named(shared_args, "CUB", tmp_path), train)
-        assert datasets.count_classes(dataset) == 2 and sorted({label for _, label in dataset}) == [0, 1]
+        assert dataset.num_classes == 2 and sorted({label for _, label in dataset}) == [0, 1]
         sizes[train] = len(dataset)
     assert sizes == {True: 4, False: 2}
 
@@ -109,7 +109,7 @@ def test_inaturalist_by_its_annotations(name, year, shared_args, tmp_path):
     (tmp_path / f"val{year}.json").write_text(json.dumps(content))
     dataset = datasets.load_images(named(shared_args, name, tmp_path), train=False)
     image, label = dataset[0]
-    assert len(dataset) == 1 and label == 4 and image.mode == "RGB" and datasets.count_classes(dataset) == 5
+    assert len(dataset) == 1 and label == 4 and image.mode == "RGB" and dataset.num_classes == 5
     with pytest.raises(InputError, match=f"train{year}.json"):
         datasets.load_images(named(shared_args, name, tmp_path), train=True)
 
@@ -127,7 +127,7 @@ def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("L", (9, 9)).save(tmp_path / split / name / "0.png")
     dataset = datasets.load_images(named(shared_args, "ImageFolder", tmp_path), train=True)
-    assert len(dataset) == 3 and datasets.count_classes(dataset) == 3
+    assert len(dataset) == 3 and dataset.num_classes == 3
     config = {"img_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     loader = datasets.eval_loader(dataset, datasets.eval_transform(shared_args, config), shared_args)
     images, labels, _ = next(iter(loader))
@@ -147,7 +147,7 @@ def test_some_of_imagenet_s_classes_get_its_labels_by_their_names_or_by_a_map(sh
     args = named(shared_args, "IMNET", images_in(tmp_path / "some", "n01443537", "n15075141"))
     images = datasets.load_images(args, train=False)
     datasets.relabel(images, 1000, "here")
-    assert [label for _, label in images] == [1, 999] and datasets.count_classes(images) == 1000
+    assert [label for _, label in images] == [1, 999] and images.num_classes == 1000
     args = named(shared_args, "IMNET", images_in(tmp_path / "own", "cat", "dog"))
     images = datasets.load_images(args, train=False)
     datasets.relabel(images, 3, "here", ["dog", "eel", "cat"])

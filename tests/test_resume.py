@@ -114,17 +114,19 @@ def test_a_signal_ends_the_step_saves_and_says_so_by_its_exit_code(where, times,
 # ------------------------------------------------------------------------------------------ which checkpoint
 
 
-def test_auto_passes_over_what_is_damaged(whole, tmp_path, capsys):
-    folder = tmp_path / "copy"
-    shutil.copytree(whole, folder)
-    assert training.to_resume("auto", folder) == folder / "checkpoint_2.pth"
-    content = (folder / "checkpoint_2.pth").read_bytes()
-    (folder / "checkpoint_2.pth").write_bytes(content[: len(content) // 2])
-    assert training.to_resume("auto", folder) == folder / "checkpoint_1.pth"
-    assert "passed over" in capsys.readouterr().out
-    assert training.to_resume("auto", tmp_path / "empty") is None
+def test_auto_passes_over_what_is_damaged(tmp_path, capsys):
+    write_checkpoints(tmp_path, 3)
+    paths = [tmp_path / f"checkpoint_{n}.pth" for n in (2, 1, 0)]
+    assert training.to_resume("auto", tmp_path) == paths and training.to_resume("auto", tmp_path / "empty") == []
+    content = paths[0].read_bytes()
+    paths[0].write_bytes(content[: len(content) // 2])
+    assert new_run(tmp_path).resume(tmp_path)[0] == paths[1] and "passed over" in capsys.readouterr().out
     with pytest.raises(utils.InputError, match="--resume auto"):
-        training.to_resume(None, folder)
+        training.to_resume(None, tmp_path)
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(utils.InputError, match=r"checkpoint_2\.pth: not a readable checkpoint"):
+        new_run(tmp_path).resume(tmp_path)
 
 
 def test_a_mid_epoch_file_counts_by_its_position(whole, tmp_path):
@@ -133,7 +135,7 @@ def test_a_mid_epoch_file_counts_by_its_position(whole, tmp_path):
         content["epoch"], content["position"]["updates"] = epoch, updates
         torch.save(content, tmp_path / training.MID_EPOCH_NAME)
         shutil.copy(whole / "checkpoint_1.pth", tmp_path)
-        assert training.to_resume("auto", tmp_path).name == expected
+        assert training.to_resume("auto", tmp_path)[0].name == expected
 
 
 def test_a_table_of_another_run_is_noticed(whole, tmp_path):
@@ -184,7 +186,7 @@ def test_a_disk_that_fills_up_costs_no_more_than_what_was_not_saved(whole, start
     assert said[-1] == f"error: {folder / training.BEST_NAME}: cannot be written (No space left on device)"
     assert "Traceback" not in " ".join(said)
     assert {path.name for path in folder.iterdir()} == {"checkpoint_0.pth", "mask_table.json", "log.txt"}
-    assert training.to_resume("auto", folder) == folder / "checkpoint_0.pth"
+    assert training.to_resume("auto", folder) == [folder / "checkpoint_0.pth"]
     assert load_supernet(folder, model="vit_digits").table.last > 0
     disk(size * 6)
     assert train(folder, start=start) == 0
@@ -280,7 +282,7 @@ def test_going_back_to_a_checkpoint_gives_up_what_is_later(tmp_path, capsys):
 
 
 def test_flags_are_compared_with_those_of_the_checkpoint(tmp_path, capsys):
-    write_checkpoints(tmp_path, 1, mask_table="a.json")
+    write_checkpoints(tmp_path, 1, mask_table="a.json", grow_epochs=5)
     path = tmp_path / "checkpoint_0.pth"
     refused = [
         ({"lr": 0.5, "sched": "step"}, "--lr 0.5 (there 0.01), --sched step (there cosine)"),
@@ -293,12 +295,11 @@ def test_flags_are_compared_with_those_of_the_checkpoint(tmp_path, capsys):
             new_run(tmp_path, **{"mask_table": "a.json"} | changes).resume(tmp_path)
         assert str(caught.value) == f"--resume {path}: trained otherwise than {words}; give it the same flags"
     assert "passed over" not in capsys.readouterr().out
-    run = new_run(tmp_path, mask_table="b.json", batch_size=4, accum_iter=2, keep_last=3, model_ema=True)
+    run = new_run(tmp_path, mask_table="b.json", grow_epochs=9, batch_size=4, accum_iter=2, keep_last=3, model_ema=True)
     run.resume(tmp_path)
-    words = (
-        "--batch-size 4 (there 8), --accum-iter 2 (there 1), --model-ema True (there False), --keep-last 3 (there 9)"
-    )
-    assert set(capsys.readouterr().out.partition(".pth: ")[2].strip().split(", ")) > set(words.split(", "))
+    words = {"--batch-size 4 (there 8)", "--accum-iter 2 (there 1)", "--model-ema True (there False)"}
+    words |= {"--keep-last 3 (there 9)", "--grow-epochs 9 (there 5)"}
+    assert set(capsys.readouterr().out.partition(".pth: ")[2].strip().split(", ")) > words
 
 
 def test_the_official_code_s_checkpoint_is_gone_on_from(tmp_path, capsys):

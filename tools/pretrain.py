@@ -26,7 +26,7 @@ def main(args):
     device = utils.start_up(args)
     required_model(args)
     images = datasets.load_images(args, train=True)
-    spec = ModelSpec(args.model, args.nb_classes or datasets.count_classes(images), args.input_size)
+    spec = ModelSpec(args.model, args.nb_classes or images.num_classes, args.input_size)
     datasets.check_classes(images, spec.num_classes, f"--nb-classes {args.nb_classes}")
     with utils.name_flag("--model"):
         model = spec.build(drop_path_rate=args.drop_path).to(device)
