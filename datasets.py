@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, ImageNetInfo, Mixup, create_dataset, create_transform, infer_imagenet_subset
+from timm.data import ImageDataset, ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
@@ -235,10 +235,11 @@ def relabel(images, classes, flag, names=None):
     return names
 
 
-def check_classes(images, classes, flag):
+def check_classes(images, classes):
     """Raise InputError if the data set ``images`` has labels that a network of ``classes`` classes has no logit for."""
-    if (images.num_classes or 0) > classes:
-        raise InputError(f"{flag}: the network has {classes} classes, the data set {images.num_classes}")
+    own = images.num_classes or 0
+    if own > classes:
+        raise InputError(f"--nb-classes {classes}: the network has {classes} classes, the data set {own}")
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -489,10 +490,3 @@ def proxy_loader(images, transform, args, flag):
     order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
     share = order[utils.rank() :: utils.world_size()].tolist()
     return ImageLoader(images, transform, args, drop_last=False, title="proxy set", sampler=share)
-
-
-def make_mixup(args, classes):
-    """timm's Mixup as the flags ask for it, or None."""
-    if args.mixup <= 0 and args.cutmix <= 0:
-        return None
-    return Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing, num_classes=classes)

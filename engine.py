@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import accuracy
 from torch import nn
@@ -14,11 +15,12 @@ from datasets import report_bad_images
 from models.vit.supernet import set_widths
 
 
-def make_criterion(args):
-    """The training loss for mixed labels, smoothed labels or plain ones, as in DeiT."""
+def mixup_and_criterion(args, classes):
+    """(timm's Mixup or None, the training loss for mixed labels, smoothed labels or plain ones), as in DeiT."""
     if args.mixup > 0 or args.cutmix > 0:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
+        return mixup, SoftTargetCrossEntropy()
+    return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
 def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, draw=None):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import utils
-from engine import evaluate, make_criterion, train_one_epoch
+from engine import evaluate, mixup_and_criterion, train_one_epoch
 from models.subnet.store import subnet_config
 from options import add_budget_options, add_training_options, budgets, choose, cut, load, print_command, stage_parser
 from training import TrainingRun
@@ -14,7 +14,7 @@ from utils import InputError, print_once, with_unit
 
 def get_args(argv=None):
     parser = stage_parser(__doc__)
-    add_budget_options(parser, several=False)
+    add_budget_options(parser)
     add_training_options(parser, epochs=30, lr=5e-5, min_lr=1e-6, warmup_epochs=0)
     add = parser.add_argument_group("files").add_argument
     add("--output-dir", help="folder of checkpoints and log (default: output/finetune/<model>)")
@@ -33,7 +33,7 @@ def main(args):
     config = datasets.data_config(subnet)
     train = datasets.train_loader(images, datasets.train_transform(args, config), args)
     test = datasets.eval_loader(datasets.load_images(args, train=False), datasets.eval_transform(args, config), args)
-    mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
+    mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     run = TrainingRun(subnet, args, device, len(train))
     description = subnet_config(subnet, spec, widths, loaded.costs, args.eval_crop_ratio)
     checkpoint, content = run.resume(output)

@@ -36,14 +36,10 @@ def get_args(argv=None):
     add = parser.add_argument_group("reparameterisation").add_argument
     add("--pretrained", help="DeiT checkpoint, state dict or .safetensors (default: timm's hub)")
     add("--basis", default="balanced", choices=["balanced", "pca"], help="pca is the paper's")
-    add(
-        "--mlp-order",
-        choices=["greedy", "taylor", "hessian"],
-        help="order of hidden units (default: greedy, or taylor with --no-compensation)",
-    )
-    options.switch_off(
-        add, "compensation", f"do not write {COMPENSATION_NAME} and {TABLE_NAME}, which are for cutting at once"
-    )
+    words = "order of hidden units (default: greedy, or taylor with --no-compensation)"
+    add("--mlp-order", choices=["greedy", "taylor", "hessian"], help=words)
+    words = f"do not write {COMPENSATION_NAME} and {TABLE_NAME}, which are for cutting at once"
+    options.switch_off(add, "compensation", words)
     add("--output-dir", help="folder of the files (default: output/reparam/<model>)")
     parser.checks.append(check_options)
     return parser.parse_args(argv)
@@ -67,11 +63,7 @@ def main(args):
     transform = datasets.eval_transform(args, datasets.data_config(original))
     proxy = datasets.proxy_loader(images, transform, args, "proxy_samples")
     supernet = as_supernet(copy.deepcopy(original.to(device)))
-    units, costs, untouched = (
-        options.units_of(args, supernet),
-        Costs.of(supernet),
-        options.untouched_branches(args, supernet),
-    )
+    units, costs = options.units_of(args, supernet), Costs.of(supernet)
     drop_ratio = options.reachable_drop_ratio(args, units, costs) if args.compensation else None
     report_left_out(supernet)
 
@@ -79,6 +71,7 @@ def main(args):
     objective = OBJECTIVES[args.objective]
     statistics = collect_statistics(supernet, proxy, objective, hidden=args.compensation, amp=args.amp)
     print_once("rewriting the weights")
+    untouched = options.untouched_branches(args, supernet)
     rewrites = reparameterise(supernet, statistics, args.basis, args.mlp_order, untouched)
     difference = full_width_difference(original, supernet, proxy, device)
     print_once(f"full-width logits differ by {difference:.1e} (tolerance {TOLERANCE:.0e})")
@@ -115,7 +108,7 @@ def build_model(args):
     if not classes and args.objective == "label":
         raise InputError("--nb-classes 0: without a classifier there are no logits to measure; use --objective feature")
     if args.objective == "label":
-        datasets.check_classes(images, classes, f"--nb-classes {args.nb_classes}")
+        datasets.check_classes(images, classes)
     spec = ModelSpec(args.model, classes, args.input_size)
     if not args.pretrained:
         options.say_what_is_fetched(args.model, "--model")

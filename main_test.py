@@ -22,7 +22,7 @@ TOGETHER = 8
 
 def get_args(argv=None):
     parser = options.stage_parser(__doc__)
-    options.add_budget_options(parser, several=True)
+    options.add_budget_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", help="folder of results.json and results.csv (default: output/test/<model>)")
     add("--save", metavar="DIR", help="write what is cut: model.safetensors, config.json, README.md")

@@ -8,7 +8,7 @@ import torch
 import datasets
 import options
 import utils
-from engine import evaluate_all, make_criterion, train_one_epoch
+from engine import evaluate_all, mixup_and_criterion, train_one_epoch
 from models.piad.distillation import Distillation, load_teacher
 from models.piad.dropout import DropoutList, Growth
 from models.piad.width_table import TABLE_NAME, WidthTable
@@ -44,7 +44,7 @@ def main(args):
     proxy = datasets.proxy_loader(images, evaluation, args, "proxy_samples") if dropout.growth else None
     train = datasets.train_loader(images, datasets.train_transform(args, config), args)
     test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
-    mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
+    mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     # A sub-network without a branch leaves that branch's parameters out of the backward pass.
     run = TrainingRun(supernet, args, device, len(train), find_unused=dropout.loses_branches)
     checkpoint, content = run.resume(output)
@@ -107,7 +107,7 @@ def build(args, device):
     classes = args.nb_classes or images.num_classes or classes_of(state)
     if not classes:
         raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb-classes")
-    datasets.check_classes(images, classes, f"--nb-classes {args.nb_classes}")
+    datasets.check_classes(images, classes)
     spec = ModelSpec(args.model, classes, args.input_size)
     with utils.name_flag("--model"):
         model = spec.build(drop_path_rate=args.drop_path)

@@ -24,20 +24,7 @@ from models.vit.supernet import as_supernet, branches, full_widths
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
 from models.wpac.statistics import OBJECTIVES
-from utils import (
-    InputError,
-    StageParser,
-    device_name,
-    first_line,
-    fraction,
-    interval,
-    non_negative_int,
-    positive_int,
-    print_once,
-    probability,
-    quantity,
-    with_unit,
-)
+from utils import InputError, fraction, interval, non_negative_int, positive_int, print_once, probability, quantity
 
 # timm's, less those that wait for an accuracy or do nothing.
 SCHEDULERS = ["cosine", "tanh", "step", "multistep", "poly"]
@@ -48,7 +35,7 @@ MODEL_HELP = "vit_tiny, vit_small, vit_base, or a name of timm's (python -m mode
 
 def stage_parser(description):
     """A parser with the options of every stage: model, data, machine."""
-    parser = StageParser(description=description)
+    parser = utils.StageParser(description=description)
     add = parser.add_argument_group("model").add_argument
     add("--model", help=MODEL_HELP)
     add("--input-size", type=interval("[1, 4096]", int), help="image size in pixels (default: the model's own)")
@@ -63,7 +50,7 @@ def stage_parser(description):
     add("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     switch_off(add, "pin-mem", "do not pin memory for faster copies to the GPU")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=device_name, default="auto", help="auto, cpu or cuda")
+    add("--device", type=utils.device_name, default="auto", help="auto, cpu or cuda")
     add("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="autocast type")
     add("--seed", type=interval("[0, 4294967295]", int), default=0, help="seed of everything random")
     return parser
@@ -106,9 +93,7 @@ def add_cutting_options(parser):
     add("--skip-blocks", type=non_negative_int, nargs="+", default=[], metavar="B", help="blocks to leave as they are")
     add("--only", choices=["attn", "mlp"], help="leave the other branches as they are")
     add("--min-width", type=interval("[0, 1]"), default=0.0, help="share of its full width that every branch keeps")
-    words = (
-        "hidden units that go and stay together, and 8 dimensions of every head, as hardware likes it (64 suits most)"
-    )
+    words = "hidden units that go and stay together, and 8 dimensions of every head, as hardware likes (64 suits most)"
     add("--multiple-of", type=positive_int, metavar="N", help=words)
     add("--drop-ratio", type=fraction, default=0.875, help="share of the MACs gone at the last step of the width table")
 
@@ -218,7 +203,7 @@ def check_training(args):
         optimizer = create_optimizer_v2(parameters, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
     except Exception as error:  # an unknown name, a missing package, a rate that the optimiser refuses
         raise InputError(
-            f"--opt {args.opt}: {first_line(error)}; timm.optim.list_optimizers() names them all"
+            f"--opt {args.opt}: {utils.first_line(error)}; timm.optim.list_optimizers() names them all"
         ) from None
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--opt {args.opt}: needs second derivatives, which are not computed; adamw does without")
@@ -226,7 +211,7 @@ def check_training(args):
         create_transform(32, is_training=True, auto_augment=args.aa or None)
     except Exception as error:  # timm's policy parser fails in whatever way the text makes it
         raise InputError(
-            f"--aa {args.aa}: not a policy of timm's ({first_line(error)}); rand-m9-mstd0.5-inc1, augmix-m3-w3, "
+            f"--aa {args.aa}: not a policy of timm's ({utils.first_line(error)}); rand-m9-mstd0.5-inc1, augmix-m3-w3, "
             "original and v0 are some, '' is none"
         ) from None
 
@@ -265,8 +250,7 @@ def add_piad_options(parser):
 # ------------------------------------------------------------------------------------------ stages 3 and 4
 
 
-def add_budget_options(parser, several):
-    nargs = "+" if several else None
+def add_budget_options(parser):
     add = parser.add_argument_group("super-network and budget: the largest sub-network within it is taken").add_argument
     words = "folder or file of a super-network or sub-network (default: output/peelable/<model>)"
     add("--checkpoint", help=words)
@@ -277,11 +261,11 @@ def add_budget_options(parser, several):
     add("--no-compensation", dest="compensate", action="store_false", default=None, help="cut plain slices")
     words = "refit each sub-network block by block on N training images; labels are not used"
     add("--calibrate", type=positive_int, metavar="N", help=words)
-    add("--op-code", type=interval("[-1, 1e9]", int), nargs=nargs, help="step of the width table")
-    add("--macs", type=quantity, nargs=nargs, help="e.g. 8.44G or '46.53 M', in the paper's convention")
-    add("--macs-ratio", type=fraction, nargs=nargs, help="share of the full network's MACs, e.g. 0.5 or 50%%")
-    add("--params", type=quantity, nargs=nargs, help="e.g. 40M parameters")
-    add("--latency-ms", type=quantity, nargs=nargs, help="milliseconds per batch, measured on this device")
+    add("--op-code", type=interval("[-1, 1e9]", int), nargs="+", help="step of the width table")
+    add("--macs", type=quantity, nargs="+", help="e.g. 8.44G or '46.53 M', in the paper's convention")
+    add("--macs-ratio", type=fraction, nargs="+", help="share of the full network's MACs, e.g. 0.5 or 50%%")
+    add("--params", type=quantity, nargs="+", help="e.g. 40M parameters")
+    add("--latency-ms", type=quantity, nargs="+", help="milliseconds per batch, measured on this device")
     add("--latency-device", help="cpu, cuda, or a latency_*.json that --benchmark wrote elsewhere (default: --device)")
     add("--latency-batch-size", type=interval("[1, 65536]", int), default=1, help="images per batch for latencies")
     add("--finer", action="store_true", help="use what a budget leaves for widths between two steps of the table")
@@ -314,11 +298,7 @@ def load(args, **kwargs):
 def budgets(args):
     """The Budgets on the command line, in the order of the flags."""
     kinds = (*BUDGET_KINDS, "latency_ms")
-    return [Budget(kind, value) for kind in kinds for value in _as_list(getattr(args, kind))]
-
-
-def _as_list(value):
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return [Budget(kind, value) for kind in kinds for value in getattr(args, kind) or ()]
 
 
 def choose(loaded, asked, args, device):
@@ -345,7 +325,7 @@ def note_smaller_model(loaded, choices):
             costs = Costs.of(as_supernet(smaller.build()))
         whole = costs.macs(costs.full)
         if least < whole:
-            words = f"below {with_unit(whole)} MACs, those of the whole {smaller.name}, cut that model"
+            words = f"below {utils.with_unit(whole)} MACs, those of the whole {smaller.name}, cut that model"
             print_once(f"note: {words} in place of {loaded.spec.name} (docs/results.md)")
 
 

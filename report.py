@@ -37,7 +37,11 @@ def show(rows):
 def write(results, folder):
     """results.json, and the rows of ``results`` as results.csv."""
     save_text(json.dumps(results, indent=1), folder / "results.json")
-    save_text(as_csv(results["rows"]), folder / "results.csv")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results["rows"])
+    save_text(text.getvalue(), folder / "results.csv")
 
 
 def labelled(text, name):
@@ -56,14 +60,6 @@ def read(text):
     if not isinstance(results, dict) or not results.get("rows"):
         raise InputError(f"{path}: not the results of main_test.py")
     return label, results["rows"]
-
-
-def as_csv(rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def draw_all(results, loaded, folder):

@@ -33,9 +33,7 @@ class InputError(ValueError):
 
 class ModelError(InputError):
     """A model that does not exist, cannot be cut, or has no published weights. The message begins with its name.
-
-    needs_file: a file of weights would do instead.
-    """
+    needs_file: a file of weights would do instead."""
 
     def __init__(self, message, needs_file=False):
         super().__init__(message)
@@ -131,7 +129,11 @@ class StageParser(argparse.ArgumentParser):
         flags = {word.partition("=")[0] for word in words}
         parsed.given = [action.dest for action in self._actions if flags.intersection(action.option_strings)]
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._instead_of(unknown[0].partition('=')[0])}")
+            flag = unknown[0].partition("=")[0]
+            instead = nearest(flag, self._option_string_actions)
+            if flag in OFFICIAL_FLAGS:
+                instead = f"; {flag} of the paper's code is {OFFICIAL_FLAGS[flag]} here"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{instead}")
         try:
             for check in self.checks:
                 check(parsed)
@@ -144,12 +146,6 @@ class StageParser(argparse.ArgumentParser):
         words = printable(f"error: {message}; --help explains every flag\n")
         self.exit(2, words if ranks_in_environment()[1] == 0 else None)
 
-    def _instead_of(self, flag):
-        """What an unknown ``flag`` may stand for, in words."""
-        if flag in OFFICIAL_FLAGS:
-            return f"; {flag} of the paper's code is {OFFICIAL_FLAGS[flag]} here"
-        return nearest(flag, [option for action in self._actions for option in action.option_strings])
-
 
 # Flags of the paper's own code, and the flag, stage or launcher that does the same here.
 OFFICIAL_FLAGS = {
@@ -157,7 +153,7 @@ OFFICIAL_FLAGS = {
     "--reparameterization": "main_reparam.py", "--eval": "main_test.py", "--peelable-resume": "--checkpoint",
     "--mask-table-path": "--mask-table", "--transformed-weight": "--pretrained", "--finetune": "--pretrained",
     "--target-reduction-ratio": "--drop-ratio", "--progressive-epochs": "--grow-epochs", "--start-epoch": "--resume",
-    "--world-size": "torchrun", "--dist-url": "torchrun", "--dist-eval": "always done",
+    "--world-size": "tools/launch.py", "--dist-url": "tools/launch.py", "--dist-eval": "always done",
 }  # fmt: skip
 
 

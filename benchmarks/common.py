@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets
 import main_train
 import utils
-from engine import make_criterion, train_one_epoch
+from engine import mixup_and_criterion, train_one_epoch
 from models.piad.dropout import DropoutList, Growth, steps_by_error
 from models.piad.importance import Units
 from models.subnet.budget import Budget
@@ -133,7 +133,7 @@ def training(supernet, device, batch_size, updates, amp="none", **kwargs):
     product's own, mixup and averaged weights included, on one ready batch. kwargs: of TrainingRun."""
     args = main_train.get_args(["--batch-size", str(batch_size), "--amp", amp])
     run = TrainingRun(supernet.to(device), args, device, updates, **kwargs)
-    mixup, criterion = datasets.make_mixup(args, supernet.num_classes), make_criterion(args)
+    mixup, criterion = mixup_and_criterion(args, supernet.num_classes)
     labels = torch.arange(batch_size) % supernet.num_classes
     batches = [(torch.randn(batch_size, *image_shape(supernet)), labels, None)] * updates
 

@@ -19,7 +19,7 @@ from common import claim, spread
 from torch.nn import functional as F
 
 import utils
-from engine import make_criterion, train_one_epoch
+from engine import mixup_and_criterion, train_one_epoch
 from models.piad.distillation import Distillation
 from models.piad.dropout import DropoutList
 from models.piad.importance import ATTN_UNITS, MLP_UNITS, branch_removal, sensitivity
@@ -198,7 +198,7 @@ def train(bench, supernet, dropout, lr, passes, teacher=None):
     parser, full = stage_parser(__doc__), bench.costs.macs(bench.full)
     add_training_options(parser, epochs=100, lr=lr, min_lr=1e-5, warmup_epochs=0)
     args = parser.parse_args(f"{RECIPE} --batch-size {BATCH} --seed {bench.seed}".split())
-    run, criterion = TrainingRun(supernet, args, CPU, BATCHES_PER_EPOCH), make_criterion(args)
+    run, (_, criterion) = TrainingRun(supernet, args, CPU, BATCHES_PER_EPOCH), mixup_and_criterion(args, None)
     budget, spent, epoch = passes * len(bench.data[1]) * 3 * full, 0.0, 0
     macs, taught = getattr(dropout, "macs", bench.costs.macs), full if teacher and teacher.network else 0
 

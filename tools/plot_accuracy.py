@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from report import labelled, read
+from report import labelled, read, save_figure
 from training import LOG_NAME
-from utils import InputError, atomic_file, parse_json, run_stage, with_unit
+from utils import InputError, parse_json, run_stage, with_unit
 
 # {the beginning of a figure's name in a log: its axis}.
 TRAINING = {"train_loss": "training loss", "test_": "top-1 accuracy, %", "train_lr": "learning rate"}
@@ -56,7 +56,6 @@ def main(args):
         for axes, (prefix, title) in zip(figure.subplots(1, len(TRAINING)), TRAINING.items(), strict=True):
             draw(axes, prefix, runs, lambda row: row["epoch"], [None])
             axes.set(xlabel="epoch", ylabel=title)
-        figure.suptitle(args.title or "Training")
     else:
         curves = [read(text) for text in args.curves]
         for label, rows in curves:
@@ -70,10 +69,8 @@ def main(args):
         ]
         draw(axes, "top1", curves, lambda row: row["macs"] / 1e6, "osD^v<>p")
         axes.set(xlabel="MACs per image, millions (the paper's convention)", ylabel="top-1 accuracy, %")
-        axes.set(title=args.title or "Accuracy against cost")
         axes.set_xlim(left=0)
-    with atomic_file(args.png) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, args.png, args.title or ("Training" if args.training else "Accuracy against cost"))
     print(f"wrote {args.png}")
 
 

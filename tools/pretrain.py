@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import utils
-from engine import evaluate, make_criterion, train_one_epoch
+from engine import evaluate, mixup_and_criterion, train_one_epoch
 from models.vit.pretrained import ModelSpec, save_checkpoint
 from options import add_training_options, print_command, required_model, stage_parser
 from training import TrainingRun
@@ -27,14 +27,14 @@ def main(args):
     required_model(args)
     images = datasets.load_images(args, train=True)
     spec = ModelSpec(args.model, args.nb_classes or images.num_classes, args.input_size)
-    datasets.check_classes(images, spec.num_classes, f"--nb-classes {args.nb_classes}")
+    datasets.check_classes(images, spec.num_classes)
     with utils.name_flag("--model"):
         model = spec.build(drop_path_rate=args.drop_path).to(device)
     output = utils.output_folder(args.output_dir or Path("output/pretrain") / args.model)
     config = datasets.data_config(model)
     train = datasets.train_loader(images, datasets.train_transform(args, config), args)
     test = datasets.eval_loader(datasets.load_images(args, train=False), datasets.eval_transform(args, config), args)
-    mixup, criterion = datasets.make_mixup(args, spec.num_classes), make_criterion(args)
+    mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     run = TrainingRun(model, args, device, len(train))
     run.resume(output)
 
