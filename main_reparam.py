@@ -158,14 +158,13 @@ def print_concentration(own, errors):
 def print_next(args, output):
     """Print what was written, and the command that comes next."""
     weights = output / WEIGHTS_NAME
-    if not args.compensation:
+    if args.compensation:
+        names = f"{COMPENSATION_NAME}, {TABLE_NAME}, {DENSITY_NAME} and report.json"
+        print_once(f"wrote {weights}, {names}; to cut and test without training:")
+        options.print_command(args, "main_test.py", "--checkpoint", output)
+        print_once("and to train a super-network from here:")
+    else:
         print_once(f"wrote {weights} and report.json; next:")
-        options.print_command(args, "main_train.py", "--model", args.model, "--pretrained", weights)
-        return
-    names = f"{COMPENSATION_NAME}, {TABLE_NAME}, {DENSITY_NAME} and report.json"
-    print_once(f"wrote {weights}, {names}; to cut and test without training:")
-    options.print_command(args, "main_test.py", "--checkpoint", output)
-    print_once("and to train a super-network from here:")
     options.print_command(args, "main_train.py", "--model", args.model, "--pretrained", weights)
 
 

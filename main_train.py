@@ -49,7 +49,7 @@ def main(args):
     run = TrainingRun(supernet, args, device, len(train), find_unused=dropout.loses_branches)
     checkpoint, content = run.resume(output)
     if checkpoint:
-        restore_table(dropout, table_of(content, checkpoint, dropout.costs), checkpoint, args)
+        restore_table(dropout, content, checkpoint, args)
     print_once(
         f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
         f"rank(s), learning rate {run.lr:.2e}, full network {with_unit(dropout.costs.macs(dropout.units.full))} MACs"
@@ -172,20 +172,15 @@ def make_dropout(args, supernet):
     return DropoutList(units, costs, growth=growth, **drawing)
 
 
-def restore_table(dropout, table, checkpoint, args):
-    """Go on with a checkpoint's WidthTable. Raises InputError if ``--mask-table`` asks for another one."""
+def restore_table(dropout, content, checkpoint, args):
+    """Go on with the WidthTable of the checkpoint ``content``, or beside it if it holds none, as published ones. Raises
+    InputError if it is of another network, or if ``--mask-table`` asks for another one."""
+    text = content.get("mask_table")
+    table = WidthTable.from_json(text, checkpoint) if text else WidthTable.load(checkpoint.parent / TABLE_NAME)
+    table.check_fits(dropout.costs, checkpoint)
     if dropout.growth is None and dropout.table.steps != table.steps:
         raise InputError(f"--mask-table {args.mask_table}: --resume {checkpoint} trains another table; leave it out")
     dropout.restore(table)
-
-
-def table_of(content, path, costs):
-    """The WidthTable of the checkpoint ``content``, or beside it if it holds none, as published ones. Raises
-    InputError."""
-    text, beside = content.get("mask_table"), path.parent / TABLE_NAME
-    table = WidthTable.from_json(text, path) if text else WidthTable.load(beside)
-    table.check_fits(costs, path)
-    return table
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from models.vit.pretrained import load_weights, read_checkpoint, save_checkpoint
 from utils import InputError, print_once
 
 BEST_NAME, MID_EPOCH_NAME, LOG_NAME = "best_checkpoint.pth", "mid_epoch.pth", "log.txt"
-RESTORED = ("optimizer", "lr_scheduler", "epoch", "scaler", "max_accuracy", "position")
-POSITION = ("updates", "losses", "loss_sum", "skipped")
+COUNTS = ("updates", "losses", "skipped")
 # Arguments that may differ from those of the checkpoint that a run goes on from. Ranks and batches: if their product
 # stays. Where a run starts from is in the checkpoint; main_train.py compares the tables.
 MAY_DIFFER = {
@@ -197,7 +196,7 @@ class TrainingRun:
             "scaler": self.scaler.state_dict(),
             "args": self.args,
             "max_accuracy": self.max_accuracy,
-            "position": {name: getattr(self, name) for name in POSITION},
+            "position": {name: getattr(self, name) for name in (*COUNTS, "loss_sum")},
         }
 
     def _save_epoch(self, best):
@@ -242,7 +241,7 @@ class TrainingRun:
 
     def restore(self, path):
         """Go on from ``path``. Returns the checkpoint's content. Raises InputError if it is no checkpoint of a run."""
-        content, own = read_checkpoint(path), self.content()
+        content = read_checkpoint(path)
         missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in content]
         if missing:
             raise InputError(f"--resume {path}: cannot be resumed from, it has no {', '.join(missing)}")
@@ -250,22 +249,21 @@ class TrainingRun:
         load_weights(self.model, content["model"], path)
         if self.ema:
             load_weights(self.ema.module, content.get("model_ema") or content["model"], path)
-        if wrong := other_kind({name: value for name, value in own.items() if name in RESTORED}, content):
-            raise InputError(f"--resume {path}: cannot be resumed from, its member {wrong} is of another kind")
         try:
-            self.optimizer.load_state_dict(content["optimizer"])
+            self.begin_epoch(int(content["epoch"]) + 1)
             self.scheduler.load_state_dict(content["lr_scheduler"])
+            self.scheduler.step(self.epoch)  # fails if that is no schedule; the optimiser holds the rate
+            self.optimizer.load_state_dict(content["optimizer"])
+            self._check_optimizer_state()
             if content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
-            self._check_optimizer_state()
+            self.max_accuracy = float(content.get("max_accuracy", 0.0))
+            position = content.get("position", {})
+            self.updates, self.losses, self.skipped = (int(position.get(name, 0)) for name in COUNTS)
+            self.loss_sum += position.get("loss_sum", 0.0)
         except Exception as error:  # each raises whatever a state of something else makes it
             raise InputError(f"--resume {path}: cannot be resumed from ({type(error).__name__}: {error})") from None
         self.lr = self.optimizer.param_groups[0].get("initial_lr", self.lr)
-        self.begin_epoch(content["epoch"] + 1)
-        self.max_accuracy = content.get("max_accuracy", 0.0)
-        for name in POSITION:
-            value = content.get("position", {}).get(name, getattr(self, name))
-            setattr(self, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
         self.resumed = path
         return content
 
@@ -298,36 +296,11 @@ class TrainingRun:
             parameter.grad = torch.zeros_like(parameter)
         fresh.step()
         for name, parameter in self.model.named_parameters():
-            expected, state = fresh.state[own[parameter.shape]], self.optimizer.state.get(parameter, {})
+            expected, state = fresh.state[own[parameter.shape]], self.optimizer.state.get(parameter)
             # A parameter that has had no gradient has no state.
-            wrong = state and (next(iter(expected.keys() - state.keys()), None) or other_kind(expected, state))
-            if wrong:
-                raise ValueError(f"the optimiser's {wrong} of {name} is missing, or of another shape or kind")
-
-
-def other_kind(own, saved):
-    """The dotted name of a member of the nested ``saved`` that is of another kind than that of ``own``, or None.
-
-    Members that only one of them has are left alone, and what is None in ``own`` may be anything.
-    """
-    found = dict(_members(saved))
-    return next((name for name, value in _members(own) if name in found and not _alike(value, found[name])), None)
-
-
-def _members(tree, name=""):
-    """(dotted name, value) of all that is in nested dicts and lists, outer ones first."""
-    yield name, tree
-    if isinstance(tree, dict | list | tuple):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _members(value, f"{name}.{key}".removeprefix("."))
-
-
-def _alike(value, other):
-    if isinstance(value, list | tuple):
-        return isinstance(other, list | tuple) and len(other) == len(value)
-    if isinstance(value, torch.Tensor):
-        return isinstance(other, torch.Tensor) and other.shape == value.shape
-    return value is None or isinstance(other, int | float if isinstance(value, float) else type(value))
+            for entry, value in expected.items() if state else ():
+                if entry not in state or getattr(state[entry], "shape", ()) != getattr(value, "shape", ()):
+                    raise ValueError(f"the optimiser's {entry} of {name} is missing, or of another shape")
 
 
 def to_resume(resume, output):
