@@ -395,11 +395,11 @@ class ImageLoader:
 
     def _check_labels(self, batch):
         _, labels, indices = batch
-        integers = isinstance(labels, torch.Tensor) and not labels.is_floating_point()
-        numbers = labels if integers else torch.full((len(indices),), -1)
-        for i in ((numbers < 0) | (numbers >= (self.classes or math.inf))).nonzero().flatten().tolist():
-            name = image_name(self.loader.dataset.images, int(indices[i]))
-            raise InputError(f"{name}: label {labels[i]} is none of the data set's {self.classes or ''} classes")
+        labels = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+        for label, index in zip(labels, indices.tolist(), strict=True):
+            if not isinstance(label, int) or not 0 <= label < (self.classes or math.inf):
+                name = image_name(self.loader.dataset.images, index)
+                raise InputError(f"{name}: label {label} is none of the data set's {self.classes or ''} classes")
 
     def _together(self):
         """What the loader gives, between questions whether to stop: as many on all ranks, whose shares may differ."""
