@@ -59,7 +59,8 @@ def main(args):
     report.write(results, output)
     print_once(f"wrote {output / 'results.json'} and results.csv")
     if args.plot and utils.is_main():
-        print_once(f"drew {', '.join(report.draw_all(results, loaded, output))}")
+        report.draw_all(results, loaded, output)
+        print_once(f"drew {output / 'ladder.png'}, widths.png and knowledge.png")
     flags = ["--model", loaded.spec.name, "--checkpoint", loaded.source, *cutting_flags(args)]
     if args.page is not None and utils.is_main():
         import page  # plotly is there only if wanted

@@ -63,16 +63,12 @@ def read(text):
 
 
 def draw_all(results, loaded, folder):
-    """Draw ladder.png from the results that ``write`` takes, widths.png and knowledge.png from a SuperNetwork.
-
-    Returns their names.
-    """
+    """Draw ladder.png from the results that ``write`` takes, widths.png and knowledge.png from a SuperNetwork."""
     rows, title = results["rows"], f"{loaded.spec.name}, {loaded.source}"
     tested = f"{results['data_set']}, {rows[0]['images']} images\n" if rows[0].get("images") else ""
-    figures = {"ladder.png": ladder(rows), "widths.png": widths_map(loaded), "knowledge.png": knowledge(loaded)}
-    for name, figure in figures.items():
-        save_figure(figure, folder / name, tested * (name == "ladder.png") + title)
-    return [str(folder / name) for name in figures]
+    save_figure(ladder(rows), folder / "ladder.png", tested + title)
+    save_figure(widths_map(loaded), folder / "widths.png", title)
+    save_figure(knowledge(loaded), folder / "knowledge.png", title)
 
 
 def save_figure(figure, path, title):

@@ -314,8 +314,9 @@ def to_resume(resume, output):
     if resume != "auto":
         return [Path(resume)] if resume else []
     # A mid-epoch file is newer than all complete epochs, unless the run was stopped before it could be removed.
-    positions = {mid: _position(mid)} | {path: (number + 1, 0) for number, path in found.items()}
-    paths = sorted(filter(positions.get, positions), key=positions.get, reverse=True)
+    positions = {mid: _position(mid) or (-1, 0)} if mid.exists() else {}
+    positions |= {path: (number + 1, 0) for number, path in found.items()}
+    paths = sorted(positions, key=positions.get, reverse=True)
     if not utils.all_the_same(str(paths)):
         raise InputError(f"--resume auto: not every rank finds {paths}; --output-dir must be on shared storage")
     return paths

@@ -123,7 +123,7 @@ def test_auto_passes_over_what_is_damaged(tmp_path, capsys):
     assert new_run(tmp_path).resume(tmp_path)[0] == paths[1] and "passed over" in capsys.readouterr().out
     with pytest.raises(utils.InputError, match="--resume auto"):
         training.to_resume(None, tmp_path)
-    for path in paths:
+    for path in (*paths, tmp_path / training.MID_EPOCH_NAME):
         path.write_bytes(b"")
     with pytest.raises(utils.InputError, match=r"checkpoint_2\.pth: not a readable checkpoint"):
         new_run(tmp_path).resume(tmp_path)
