@@ -461,8 +461,9 @@ class KeyedSampler:
             yield index, utils.mixed_seed(self.seed, self.epoch, position * utils.world_size() + utils.rank())
 
 
-def train_loader(images, transform, args):
-    """Shuffled full batches of ``args.batch_size`` images per rank. Raises InputError if there is none."""
+def train_loader(images, model, args):
+    """Shuffled full batches of ``args.batch_size`` images per rank, of ``model``'s size. Raises InputError if there is
+    none."""
     place = {"num_replicas": utils.world_size(), "rank": utils.rank()}
     if args.repeated_aug:
         base = RepeatAugSampler(images, num_repeats=3, **place)
@@ -471,17 +472,19 @@ def train_loader(images, transform, args):
     if len(base) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size} is more than the {len(base)} training images of one rank")
     sampler, stay = KeyedSampler(base, args.seed), args.num_workers > 0
+    transform = train_transform(args, data_config(model))
     return ImageLoader(images, transform, args, drop_last=True, sampler=sampler, persistent_workers=stay)
 
 
-def eval_loader(images, transform, args):
-    """This rank's share of ``images`` in order, every image exactly once over all ranks."""
+def eval_loader(images, model, args):
+    """This rank's share of ``images`` in order, every image exactly once over all ranks, of ``model``'s size."""
     share = range(utils.rank(), len(images), utils.world_size())
+    transform = eval_transform(args, data_config(model))
     return ImageLoader(images, transform, args, drop_last=False, title="evaluate", sampler=share)
 
 
-def proxy_loader(images, transform, args, flag):
-    """The proxy set: training images chosen by the seed, sharded over ranks.
+def proxy_loader(images, model, args, flag):
+    """The proxy set: training images chosen by the seed, sharded over ranks, of ``model``'s size.
 
     flag: the option that says how many, 'proxy_samples' or 'calibrate'. Batches are (images, labels, positions in the
     data set). Raises InputError if there are too few images.
@@ -489,4 +492,5 @@ def proxy_loader(images, transform, args, flag):
     count = utils.at_most(args, flag, len(images), f"the training set has {len(images)} images")
     order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
     share = order[utils.rank() :: utils.world_size()].tolist()
+    transform = eval_transform(args, data_config(model))
     return ImageLoader(images, transform, args, drop_last=False, title="proxy set", sampler=share)

@@ -60,8 +60,7 @@ def main(args):
     device = utils.start_up(args)
     images, original, spec = build_model(args)
     output = utils.output_folder(args.output_dir or Path("output/reparam") / args.model)
-    transform = datasets.eval_transform(args, datasets.data_config(original))
-    proxy = datasets.proxy_loader(images, transform, args, "proxy_samples")
+    proxy = datasets.proxy_loader(images, original, args, "proxy_samples")
     supernet = as_supernet(copy.deepcopy(original.to(device)))
     units, costs = options.units_of(args, supernet), Costs.of(supernet)
     drop_ratio = options.reachable_drop_ratio(args, units, costs) if args.compensation else None

@@ -94,7 +94,7 @@ def check_export(args):
 def make_test(args, loaded):
     """The function (networks, device) -> figures of the accuracy of each, on the test set; without any if there is no
     classifier and no probe of the features. Raises InputError if the data set is not that of the classifier."""
-    classes, transform = loaded.spec.num_classes, datasets.eval_transform(args, datasets.data_config(loaded.supernet))
+    classes, network = loaded.spec.num_classes, loaded.supernet
     if args.probe and classes:
         raise InputError(f"--probe {args.probe}: {loaded.source} has a classifier, which is tested itself")
     if not classes and not args.probe:
@@ -102,15 +102,15 @@ def make_test(args, loaded):
         return lambda networks, device: [dict.fromkeys(("loss", "top1", "top5", "images_per_s")) for _ in networks]
     images = datasets.load_images(args, train=False)
     if args.probe:
-        both = [datasets.eval_loader(x, transform, args) for x in (datasets.load_images(args, train=True), images)]
+        both = [datasets.eval_loader(x, network, args) for x in (datasets.load_images(args, train=True), images)]
         return lambda networks, device: [probe(n, *both, device, args.amp, args.probe) for n in networks]
     own, names = images.num_classes, None
     if args.class_map:
         names = utils.read_text(args.class_map, "expected the name of a class in every line").splitlines()
     if names or own not in (None, classes):
         names = datasets.relabel(images, classes, f"--data-set {args.data_set}", names)
-    loaded.supernet.pretrained_cfg["label_names"] = names or datasets.class_names(images)
-    loader = datasets.eval_loader(images, transform, args)
+    network.pretrained_cfg["label_names"] = names or datasets.class_names(images)
+    loader = datasets.eval_loader(images, network, args)
     return lambda networks, device: evaluate_all([(n, None) for n in networks], loader, device, args.amp)
 
 

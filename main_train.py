@@ -38,12 +38,10 @@ def main(args):
     device = utils.start_up(args)
     supernet, spec, images, teacher = build(args, device)
     output = utils.output_folder(args.output_dir or Path("output/peelable") / args.model)
-    config = datasets.data_config(supernet)
-    evaluation = datasets.eval_transform(args, config)
     dropout = make_dropout(args, supernet)
-    proxy = datasets.proxy_loader(images, evaluation, args, "proxy_samples") if dropout.growth else None
-    train = datasets.train_loader(images, datasets.train_transform(args, config), args)
-    test = datasets.eval_loader(datasets.load_images(args, train=False), evaluation, args)
+    proxy = datasets.proxy_loader(images, supernet, args, "proxy_samples") if dropout.growth else None
+    train = datasets.train_loader(images, supernet, args)
+    test = datasets.eval_loader(datasets.load_images(args, train=False), supernet, args)
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     # A sub-network without a branch leaves that branch's parameters out of the backward pass.
     run = TrainingRun(supernet, args, device, len(train), find_unused=dropout.loses_branches)

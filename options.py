@@ -360,6 +360,5 @@ def cut(loaded, widths, args, device):
     subnet = loaded.cut(widths)
     if not args.calibrate:
         return subnet
-    images, config = datasets.load_images(args, train=True), datasets.data_config(subnet)
-    batches = list(datasets.proxy_loader(images, datasets.eval_transform(args, config), args, "calibrate"))
-    return calibrate(subnet.to(device), loaded.supernet.to(device), batches, OBJECTIVES["feature"])
+    batches = datasets.proxy_loader(datasets.load_images(args, train=True), subnet, args, "calibrate")
+    return calibrate(subnet.to(device), loaded.supernet.to(device), list(batches), OBJECTIVES["feature"])

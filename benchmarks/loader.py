@@ -34,8 +34,7 @@ def loading(folder, supernet, device, workers, batch_size):
     """The function () -> images/s of one pass through stage 2's loader, whose processes stay."""
     words = ["--data-path", folder, "--num-workers", workers, "--batch-size", batch_size, "--device", device]
     args = main_train.get_args(["--no-repeated-aug", *map(str, words)])
-    transform = datasets.train_transform(args, datasets.data_config(supernet))
-    loader = datasets.train_loader(datasets.load_images(args, train=True), transform, args)
+    loader = datasets.train_loader(datasets.load_images(args, train=True), supernet, args)
 
     def rate():
         watch = utils.Stopwatch(device)

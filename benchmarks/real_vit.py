@@ -65,8 +65,7 @@ class Bench(common.Bench):
         spec = ModelSpec(args.model, train.num_classes, args.input_size)
         model = load_pretrained(spec, args.pretrained)[0].eval().to(device)
         fit_classifier(model, args)
-        transform = datasets.eval_transform(args, datasets.data_config(model))
-        proxy = list(datasets.proxy_loader(train, transform, args, "proxy_samples"))
+        proxy = list(datasets.proxy_loader(train, model, args, "proxy_samples"))
         super().__init__(model, proxy, common.load_tensors(args, model, False, args.test_images), args.seed)
         self.reference = stored(args.work / "logits.pth", lambda: self.logits(self.supernet)).log_softmax(1)
         self.file = args.work / "results.json"

@@ -26,11 +26,10 @@ def main(args):
     for path in args.checkpoints:
         loaded = load_supernet(path, compensate=False)
         supernet = loaded.supernet.to(device)
-        transform = datasets.eval_transform(args, datasets.data_config(supernet))
         train, test = (datasets.load_images(args, train=split) for split in (True, False))
-        proxy = list(datasets.proxy_loader(train, transform, args, "proxy_samples"))
+        proxy = list(datasets.proxy_loader(train, supernet, args, "proxy_samples"))
         compensation = measure_compensation(supernet, proxy, OBJECTIVES[args.objective])
-        loader = datasets.eval_loader(test, transform, args)
+        loader = datasets.eval_loader(test, supernet, args)
         for share, widths in zip(SHARES, common.at_shares(loaded.table, loaded.costs, SHARES), strict=True):
             networks = (common.cut(supernet, widths, *how) for how in ((), (compensation,), (compensation, proxy)))
             top1 = [f"{evaluate(network, loader, device)['top1']:.2f}" for network in networks]

@@ -77,8 +77,7 @@ class Bench(common.Bench):
     def __init__(self, args, device, seed, path):
         train = datasets.load_images(args, train=True)
         model, _ = load_pretrained(ModelSpec(args.model, train.num_classes, args.input_size), path)
-        transform = datasets.eval_transform(args, datasets.data_config(model))
-        proxy = list(datasets.proxy_loader(train, transform, args, "proxy_samples"))
+        proxy = list(datasets.proxy_loader(train, model, args, "proxy_samples"))
         test = common.load_tensors(args, model, train=False, count=args.test_images)
         super().__init__(model.eval().to(device), proxy, test, seed)
         self.statistics, self.start = functools.cache(self.statistics), functools.cache(self.start)

@@ -128,8 +128,7 @@ def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
             Image.new("L", (9, 9)).save(tmp_path / split / name / "0.png")
     dataset = datasets.load_images(named(shared_args, "ImageFolder", tmp_path), train=True)
     assert len(dataset) == 3 and dataset.num_classes == 3
-    config = {"img_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    loader = datasets.eval_loader(dataset, datasets.eval_transform(shared_args, config), shared_args)
+    loader = datasets.eval_loader(dataset, tiny_vit(), shared_args)
     images, labels, _ = next(iter(loader))
     assert images.shape == (3, 3, 16, 16) and labels.tolist() == [0, 1, 2]
 
@@ -184,12 +183,12 @@ def training_args(args, **changes):
 
 
 def test_augmentation_depends_on_seed_epoch_and_position_alone(shared_args):
-    args, config = training_args(shared_args), {"img_size": 48, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    args, model = training_args(shared_args), tiny_vit(img_size=48)
     images = datasets.load_images(args, train=True)
 
     def epoch(number, **changes):
         changed = Namespace(**{**vars(args), **changes})
-        loader = datasets.train_loader(images, datasets.train_transform(changed, config), changed)
+        loader = datasets.train_loader(images, model, changed)
         loader.sampler.set_epoch(number)
         return next(iter(loader))[0]
 

@@ -190,8 +190,9 @@ def test_several_sizes_are_evaluated_on_images_that_are_read_once(shared_args):
     """Equal to the bit to one pass for each: of a super-network at several widths, and of another network."""
     supernet, other = tiny_supernet(num_classes=10), tiny_vit(seed=1, num_classes=10)
     read, images = [], Subset(datasets.load_images(shared_args, train=False), range(20))
-    transform = datasets.eval_transform(shared_args, datasets.data_config(other))
-    loader = datasets.eval_loader(images, lambda image: read.append(image) or transform(image), shared_args)
+    loader = datasets.eval_loader(images, other, shared_args)
+    dataset, transform = loader.loader.dataset, loader.loader.dataset.transform
+    dataset.transform = lambda image: read.append(image) or transform(image)
     sizes = [*((supernet, widths) for widths in TINY_WIDTHS), (other, None)]
     together = evaluate_all(sizes, loader, CPU)
     assert len(read) == 20

@@ -73,11 +73,10 @@ def data_args(shared_args, folder, data_set="IMNET", **changes):
 def loader_of(args, kind):
     images = datasets.load_images(args, train=kind != "eval")
     if kind == "train":
-        return datasets.train_loader(images, datasets.train_transform(args, CONFIG), args)
-    transform = datasets.eval_transform(args, CONFIG)
+        return datasets.train_loader(images, tiny_vit(), args)
     if kind == "eval":
-        return datasets.eval_loader(images, transform, args)
-    return datasets.proxy_loader(images, transform, args, "proxy_samples")
+        return datasets.eval_loader(images, tiny_vit(), args)
+    return datasets.proxy_loader(images, tiny_vit(), args, "proxy_samples")
 
 
 @pytest.mark.parametrize("data_set", ["IMNET", "ImageFolder"])

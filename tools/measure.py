@@ -33,8 +33,7 @@ def main(args):
     path = checkpoint_path(args)
     loaded = load_supernet(path, model=args.model, input_size=args.input_size, use_ema=args.use_ema, compensate=False)
     supernet = loaded.supernet.to(device)
-    transform = datasets.eval_transform(args, datasets.data_config(supernet))
-    proxy = datasets.proxy_loader(datasets.load_images(args, train=True), transform, args, "proxy_samples")
+    proxy = datasets.proxy_loader(datasets.load_images(args, train=True), supernet, args, "proxy_samples")
     compensation = measure_compensation(supernet, proxy, OBJECTIVES[args.objective], args.amp)
     output = args.output or path.parent / COMPENSATION_NAME
     save_compensation(compensation, supernet, output, loaded.weights)

@@ -31,9 +31,8 @@ def main(args):
     with utils.name_flag("--model"):
         model = spec.build(drop_path_rate=args.drop_path).to(device)
     output = utils.output_folder(args.output_dir or Path("output/pretrain") / args.model)
-    config = datasets.data_config(model)
-    train = datasets.train_loader(images, datasets.train_transform(args, config), args)
-    test = datasets.eval_loader(datasets.load_images(args, train=False), datasets.eval_transform(args, config), args)
+    train = datasets.train_loader(images, model, args)
+    test = datasets.eval_loader(datasets.load_images(args, train=False), model, args)
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     run = TrainingRun(model, args, device, len(train))
     run.resume(output)
