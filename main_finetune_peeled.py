@@ -49,9 +49,8 @@ def main(args):
                 top1 = evaluate(subnet, test, device, args.amp)["top1"]
                 figures["test_top1"] = top1
             run.finish_epoch(figures, top1)
-    words, checkpoint = run.outcome()
-    print_once(f"{words}; next:")
-    print_command(args, "main_test.py", "--checkpoint", checkpoint)
+    print_once(f"the last checkpoint is {run.last}; next:")
+    print_command(args, "main_test.py", "--checkpoint", run.last)
 
 
 def chosen_widths(loaded, args, device):

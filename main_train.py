@@ -67,7 +67,7 @@ def main(args):
             if run.board:
                 run.board.add_histogram("drawn_macs", drawn_macs(run, dropout, epoch), epoch)
             run.finish_epoch(figures, score)
-    print_once(f"{run.outcome()[0]}; next:")
+    print_once(f"the last checkpoint is {run.last}; next:")
     options.print_command(args, "main_test.py", "--checkpoint", output)
 
 

@@ -43,8 +43,9 @@ class TrainingRun:
     """The model, optimiser, schedule, averaged weights and position of a training run, and its files.
 
     Position: ``epoch`` is under way and ``updates`` of its updates are done, with a mean loss of ``loss_sum /
-    losses``; ``skipped`` counts updates left out for a non-finite loss. ``parallel`` is the model, wrapped for several
-    ranks. find_unused: whether a backward pass may leave parameters out, as that of a sub-network without a branch.
+    losses``; ``skipped`` counts updates left out for a non-finite loss. ``last`` is the path of the last checkpoint,
+    ``parallel`` the model, wrapped for several ranks. find_unused: whether a backward pass may leave parameters out, as
+    that of a sub-network without a branch.
 
         with run.files(output, more):       # a stop by a signal is saved
             for epoch in run.epochs():      # from where the run stands
@@ -70,7 +71,7 @@ class TrainingRun:
         self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.max_accuracy, self.skipped = 0.0, 0
-        self.resumed = self.written = self.board = None
+        self.resumed = self.last = self.board = None
         self.begin_epoch(0)
         self.parallel = model
         if utils.is_distributed():
@@ -99,12 +100,6 @@ class TrainingRun:
         """Set the position to the start of ``epoch``."""
         self.epoch, self.updates, self.losses = epoch, 0, 0
         self.loss_sum = torch.zeros((), device=self.device)
-
-    def outcome(self):
-        """(what the run has done, in words; its last checkpoint)."""
-        if self.written:
-            return f"wrote {self.written}", self.written
-        return f"nothing was left to train after {self.resumed}", self.resumed
 
     def epochs(self):
         """The epochs that are left; the first may be under way."""
@@ -209,8 +204,8 @@ class TrainingRun:
         content = self.content() | self.more()
         if best:
             save_checkpoint(content, self.output / BEST_NAME)
-        self.written = self.output / f"checkpoint_{done}.pth"
-        save_checkpoint(content, self.written)
+        self.last = self.output / f"checkpoint_{done}.pth"
+        save_checkpoint(content, self.last)
         if utils.is_main():
             (self.output / MID_EPOCH_NAME).unlink(missing_ok=True)
             for number, path in numbered_checkpoints(self.output).items():
@@ -264,7 +259,7 @@ class TrainingRun:
         except Exception as error:  # each raises whatever a state of something else makes it
             raise InputError(f"--resume {path}: cannot be resumed from ({type(error).__name__}: {error})") from None
         self.lr = self.optimizer.param_groups[0].get("initial_lr", self.lr)
-        self.resumed = path
+        self.resumed = self.last = path
         return content
 
     def _compare_arguments(self, content, path):
