@@ -23,7 +23,6 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -494,10 +493,7 @@ def all_the_same(text):
 
 def from_main(compute):
     """The result of ``compute()``, which only the main rank calls, on every rank."""
-    results = [compute() if is_main() else None]
-    if is_distributed():
-        dist.broadcast_object_list(results)
-    return results[0]
+    return gather(compute() if is_main() else None)[0]
 
 
 def gather(thing):
@@ -585,7 +581,7 @@ def atomic_file(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise unwritable(path, error) from None
     finally:
         with suppress(OSError):
@@ -594,7 +590,7 @@ def atomic_file(path):
 
 def unwritable(path, error):
     """The InputError for a file or folder that cannot be written."""
-    return InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
+    return InputError(f"{path}: cannot be written ({error.strerror or error})")
 
 
 def read_text(path, expected):
