@@ -140,7 +140,7 @@ def _export_pt2(subnet, path):
     batch = {0: torch.export.Dim("batch", max=MOST_IMAGES)}
     program = torch.export.export(subnet, (_example(subnet, TRACED_BATCH),), dynamic_shapes=(batch,))
     torch.export.save(program, path)
-    return _checked(subnet, torch.export.load(path).module(), path.name)
+    return _difference(subnet, torch.export.load(path).module(), path.name, TOLERANCE)
 
 
 def _export_onnx(subnet, path):
@@ -154,7 +154,7 @@ def _export_onnx(subnet, path):
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces of this machine
     program.save(path, external_data=False)
-    return _checked(subnet, OnnxNetwork(path), path.name)
+    return _difference(subnet, OnnxNetwork(path), path.name, TOLERANCE)
 
 
 def _quantise(subnet, source, path):
@@ -190,22 +190,18 @@ class OnnxNetwork(nn.Module):
         return torch.from_numpy(logits).to(images.device)
 
 
-def _checked(subnet, exported, name):
-    """``_difference``, of which more than TOLERANCE is an InputError."""
-    difference = _difference(subnet, exported, name)
-    if not difference <= TOLERANCE:
-        raise InputError(f"{name}: its logits differ by {difference:.1e} from PyTorch's: nothing is written")
-    return difference
-
-
 @torch.inference_mode()
-def _difference(subnet, exported, name):
-    """The largest difference of an export's logits from PyTorch's, relative to the largest logit."""
-    difference = 0.0
+def _difference(subnet, exported, name, tolerance=float("inf")):
+    """The largest difference of an export's logits from PyTorch's, relative to the largest logit. Raises InputError if
+    it is more than ``tolerance``, or not a number."""
+    differences = []
     for batch in CHECKED_BATCHES:
         images = _example(subnet, batch)
         expected, got = subnet(images), exported(images)
         if expected.shape != got.shape:
             raise InputError(f"{name}: gives {tuple(got.shape)} where PyTorch gives {tuple(expected.shape)}")
-        difference = max(difference, ((expected - got).abs().max() / expected.abs().max()).item())
+        differences.append((expected - got).abs().max() / expected.abs().max())
+    difference = torch.stack(differences).max().item()
+    if not difference <= tolerance:
+        raise InputError(f"{name}: its logits differ by {difference:.1e} from PyTorch's: nothing is written")
     return difference
