@@ -40,15 +40,8 @@ class UnsupportedPart(Exception):
     """A block, an attention or an MLP for which there is no entry."""
 
 
-class _Shared:
-    """Something that never changes: a copy of a network shares it."""
-
-    def __deepcopy__(self, memo):
-        return self
-
-
 @dataclass(frozen=True)
-class Layer(_Shared):
+class Layer:
     """How the width of a branch shows in one of its layers.
 
     The layer's entries are ``groups`` runs of the full width, e.g. q, k, v x heads. Cutting to k keeps the first k of
@@ -66,7 +59,7 @@ class Layer(_Shared):
 
 
 @dataclass(frozen=True)
-class Part(_Shared):
+class Part:
     """What may be cut of one attention or MLP module.
 
     width: the full width, d per head or M hidden units.
@@ -87,6 +80,9 @@ class Part(_Shared):
     def can(self, transform):
         return transform not in self.left_out
 
+    def set_width(self, module, width):
+        """Tell a timm module its width: most do not know it."""
+
 
 @dataclass(frozen=True)
 class AttentionPart(Part):
@@ -99,15 +95,17 @@ class AttentionPart(Part):
     keys: bool = True
     separate: bool = False
 
-    def attributes(self, width):
-        """{name: value} of what timm's modules remember of their head width. Not every class has all of them.
+    def set_width(self, module, width):
+        """Tell a timm module its head width.
 
         The scale is timm's 1 / sqrt(k); ``supernet.scale_queries`` makes up for its difference from 1 / sqrt(d). Where
         v alone is narrower, timm's forward is made to call ``qkv`` in place of reading its weight.
         """
-        if not self.keys:
-            return {"qkv_bias_separate": self.separate or width < self.width}
-        return {"head_dim": width, "attn_dim": self.heads * width, "scale": width**-0.5}
+        told = {"head_dim": width, "attn_dim": self.heads * width, "scale": width**-0.5}
+        told = told if self.keys else {"qkv_bias_separate": self.separate or width < self.width}
+        for name, value in told.items():
+            if hasattr(module, name):  # not every class has all of them
+                setattr(module, name, value)
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,6 @@ class MlpPart(Part):
     inputs: tuple[str, ...] = ("fc1",)
     hidden: Callable = None
     gated: bool = False
-
-    def attributes(self, width):
-        return {}
 
 
 @dataclass(frozen=True)
@@ -411,9 +406,7 @@ def _narrow_module(branch, width):
         )
     for layer, full in branch.layers:
         setattr(module, layer.name, _resized(full, layer, width, part.width))
-    for name, value in part.attributes(width).items():
-        if hasattr(module, name):
-            setattr(module, name, value)
+    part.set_width(module, width)
 
 
 def _resized(full, layer, width, full_width):

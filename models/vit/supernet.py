@@ -172,9 +172,8 @@ class PrefixBranch(Branch):
             module.on = width > 0
         for _, module in self.layers:
             module.kept = width or self.full
-        for name, value in self.part.attributes(width).items() if width else ():
-            if hasattr(self.module, name):
-                setattr(self.module, name, value)
+        if width:
+            self.part.set_width(self.module, width)
 
 
 def branches(supernet):
@@ -207,14 +206,12 @@ def set_widths(supernet, widths):
 @contextmanager
 def at_widths(supernet, widths):
     """Set the widths for the body of a ``with`` statement; afterwards, or after an error, those before hold again."""
-    own = branches(supernet)
-    before = [branch.width for branch in own]
+    before = current_widths(supernet)
     set_widths(supernet, widths)
     try:
         yield supernet
     finally:
-        for branch, width in zip(own, before, strict=True):
-            branch.keep(width)
+        set_widths(supernet, before)
 
 
 def check_supported(model):
