@@ -237,10 +237,11 @@ def test_onnx_and_int8_run_in_onnx_runtime_on_any_batch(tmp_path):
     assert sizes["model.int8.onnx"] < 0.6 * sizes["model.onnx"]
 
 
-def test_an_export_that_differs_leaves_no_file_and_what_was_there_stays(tmp_path, monkeypatch):
+@pytest.mark.parametrize("logit", [3.0, float("nan")])
+def test_an_export_that_differs_leaves_no_file_and_what_was_there_stays(logit, tmp_path, monkeypatch):
     saved(tmp_path / "net")
     before = (tmp_path / "net/model.safetensors").read_bytes()
-    wrong = Namespace(module=lambda: lambda images: torch.full((len(images), 10), 3.0))
+    wrong = Namespace(module=lambda: lambda images: torch.full((len(images), 10), logit))
     monkeypatch.setattr(torch.export, "load", lambda path: wrong)
     with pytest.raises(InputError, match=r"model\.pt2: its logits differ by .* nothing is written"):
         saved(tmp_path / "net", formats=["pt2"], widths=Widths((8,) * 4, (8,) * 4))

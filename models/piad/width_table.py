@@ -15,10 +15,8 @@ FORMAT_VERSION = 1
 
 @dataclass
 class WidthTable:
-    """Widths per step: ``steps[0]`` is the full network, ``steps[-1]`` the smallest; widths never grow.
-
-    meta: free additional information, kept in the file's ``"meta"`` member.
-    """
+    """Widths per step: ``steps[0]`` is the full network, ``steps[-1]`` the smallest; widths never grow. meta: free
+    additional information, kept in the file's ``"meta"`` member."""
 
     steps: list[Widths]
     meta: dict = field(default_factory=dict)

@@ -86,19 +86,22 @@ Licence of timm's weights of {architecture}: {license}. If it was cut from other
 def model_card(config):
     """The text of README.md, in the layout of model hubs. config: the content of config.json."""
     origin, widths, full = config.get("origin", {}), config["widths"], config["full_widths"]
-    rows = {"cut from": config["model"]}
-    rows |= {name: origin[name] for name in ("checkpoint", "asked", "compensated", "calibrated") if origin.get(name)}
-    rows |= {
+    tested = origin if origin.get("images") else {}
+    rows = {
+        "cut from": config["model"],
+        **{name: origin.get(name) for name in ("checkpoint", "asked", "compensated", "calibrated")},
         "MACs with the attention matmuls": utils.with_unit(config["macs_with_attention_matmuls"]),
         "parameters": utils.with_unit(config["parameters"]),
         "input": " x ".join(map(str, config["pretrained_cfg"]["input_size"])),
         "head width of each block": f"{widths['attn']} of {full['attn']}",
         "hidden units of each block": f"{widths['mlp']} of {full['mlp']}",
+        "tested on": tested.get("data_set"),
+        "images": tested.get("images"),
+        "classifier of the features": tested.get("probe"),
+        "top-1, %": tested.get("top1"),
+        "top-5, %": tested.get("top5"),
     }
-    accuracy = {"data_set": "tested on", "images": "images", "probe": "classifier of the features"}
-    accuracy |= {"top1": "top-1, %", "top5": "top-5, %"}
-    rows |= {words: origin[name] for name, words in accuracy.items() if origin.get("images") and origin.get(name)}
-    rows = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in rows.items()}
+    known = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in rows.items() if value}
     with_timm = 'timm.create_model("local-dir:this folder", pretrained=True)'
     return MODEL_CARD.format(
         task="classification" if config["num_classes"] else "feature-extraction",
@@ -106,7 +109,7 @@ def model_card(config):
         architecture=config["architecture"],
         macs=utils.with_unit(config["macs"]),
         license=config["pretrained_cfg"].get("license", "unknown"),
-        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        rows="\n".join(f"| {name} | {value} |" for name, value in known.items()),
         timm=f"So does `{with_timm}`."
         if widths == full
         else "timm alone does not: its models have no arguments for these widths.",
@@ -115,10 +118,8 @@ def model_card(config):
 
 @contextmanager
 def _atomic_folder(folder):
-    """Yield an empty folder inside ``folder``; on success its files move up, on failure nothing does.
-
-    Raises InputError if the file system refuses.
-    """
+    """Yield an empty folder inside ``folder``; on success its files move up, on failure nothing does. Raises InputError
+    if the file system refuses."""
     place = utils.temporary_path(folder, "files")  # inside: another folder may be on another disk
     try:
         place.mkdir(parents=True)

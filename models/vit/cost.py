@@ -43,10 +43,8 @@ class BranchCost:
 
     def count(self, width):
         """Everything at ``width``, a Counter."""
-        total = Counter(self.fixed) if width else Counter()
-        for name, number in self.per_unit.items():
-            total[name] += width * number
-        return total
+        units = Counter({name: width * number for name, number in self.per_unit.items()})
+        return self.fixed + units if width else Counter()
 
     def unit(self, convention):
         """MACs of one dimension of all heads or of one hidden unit; of an indivisible branch, its share of them."""

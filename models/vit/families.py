@@ -12,16 +12,11 @@ from enum import Enum
 from functools import cached_property, partial
 
 import torch
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision_transformer, vision_transformer_relpos
 from timm.models.convmixer import Residual
 from torch import nn
 from torch.nn import functional as F
-
-try:
-    from timm.layers.attention import AttentionRope
-except ImportError:  # an older timm has no model with it
-    AttentionRope = None
 
 
 class Transform(Enum):
@@ -195,9 +190,8 @@ ATTENTION = {
     eva.EvaAttention: _rotary_attention,
     swin_transformer_v2.WindowAttention: _cosine_attention,
     vision_transformer_relpos.RelPosAttention: _biased_attention,
+    AttentionRope: _rotary_attention,
 }
-if AttentionRope:
-    ATTENTION[AttentionRope] = _rotary_attention
 
 
 # ------------------------------------------------------------------------------------------ MLPs
@@ -367,17 +361,14 @@ def narrow(network, attn, mlp):
     A width of 0 removes the branch. The layers that are cut are new, on the default device, and not initialised; the
     others stay. Raises ValueError if a width is not possible.
     """
-    blocks = named_blocks(network)
-    for (path, block), *widths in zip(blocks, attn, mlp, strict=True):
-        network.set_submodule(path, narrow_block(path, block, *widths))
+    for (path, block), *widths in zip(named_blocks(network), attn, mlp, strict=True):
+        network.set_submodule(path, _narrow_block(path, block, *widths))
 
 
-def narrow_block(path, block, attn_width, mlp_width):
-    """What stands for one stock block, made of its own modules.
-
-    That is the block, with ``ZeroBranch`` for a removed branch; timm's Residual around norm and branch, if the only
-    branch left is self-contained; an Identity, if no branch is left in a block with self-contained branches.
-    """
+def _narrow_block(path, block, attn_width, mlp_width):
+    """What stands for one stock block: the block, with ``ZeroBranch`` for a removed branch; timm's Residual around norm
+    and branch, if the only branch left is self-contained; an Identity, if no branch is left in a block with
+    self-contained branches."""
     branches = [(Branch(path, block, "attn"), attn_width), (Branch(path, block, "mlp"), mlp_width)]
     left = [branch for branch, width in branches if width]
     for branch, width in branches:

@@ -54,11 +54,8 @@ class SymmetricSum(Sums):
 
 
 class Moments(Sums):
-    """Running sums of vectors x with token weights w: S0 = sum w, S1 = sum w x, S2 = sum w x x^T.
-
-    They are kept for G groups of d dimensions, in float64. ``count`` and ``total``, the sums without weights, give the
-    mean.
-    """
+    """Running sums of vectors x with token weights w, S0 = sum w, S1 = sum w x, S2 = sum w x x^T, for G groups of d
+    dimensions, in float64. ``count`` and ``total``, the sums without weights, give the mean."""
 
     def __init__(self, groups, width, device):
         self.count, self.total = zeros(device=device), zeros(groups, width, device=device)

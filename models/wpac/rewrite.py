@@ -226,9 +226,7 @@ def _fold_means(weights, sums):
 
 def _permute_queries_and_keys(branch, sums):
     """Where q and k pass a norm: sort their dimensions by what they carry, alike in all heads, which share the norm.
-
-    Returns the order, [d].
-    """
+    Returns the order, [d]."""
     order = sums.taylor[:2].sum((0, 1)).argsort(descending=True, stable=True)
     for layer, module in branch.layers:
         if layer.name == "qkv":
