@@ -161,11 +161,13 @@ def test_the_stages_read_a_saved_folder_at_any_input_size_and_a_fine_tuned_check
     assert larger.supernet(random_images(1, size=32)).shape == (1, 10)
     averaged = {name: value + 0.1 for name, value in subnet.state_dict().items()}
     content = {"config": load.read_config(tmp_path), "model": subnet.state_dict(), "model_ema": averaged}
-    tuned = load_supernet("a test", content, use_ema=True)
+    torch.save(content, tmp_path / "tuned.pth")
+    tuned = load_supernet(tmp_path / "tuned.pth", use_ema=True)
     assert tuned.one_size and tuned.table.steps == [WIDTHS]
     assert torch.equal(tuned.supernet.head.weight, averaged["head.weight"])
-    with pytest.raises(InputError, match="a test: has no averaged weights"):
-        load_supernet("a test", content | {"model_ema": None}, use_ema=True)
+    torch.save(content | {"model_ema": None}, tmp_path / "last.pth")
+    with pytest.raises(InputError, match=r"last\.pth: has no averaged weights"):
+        load_supernet(tmp_path / "last.pth", use_ema=True)
 
 
 @pytest.mark.parametrize(

@@ -131,21 +131,11 @@ def read(path):
 
 
 def load_supernet(
-    path,
-    content=None,
-    *,
-    model=None,
-    input_size=None,
-    mask_table=None,
-    use_ema=False,
-    compensation=None,
-    compensate=None,
-    **kwargs,
+    path, *, model=None, input_size=None, mask_table=None, use_ema=False, compensation=None, compensate=None, **kwargs
 ):
     """Load a super-network or a sub-network from a folder or a checkpoint file, a SuperNetwork.
 
     Args:
-        content: the checkpoint, if it has been read already.
         model: its name (default: from the table's meta, the checkpoint's args or the folder's name).
         input_size: image size in pixels (default: the table's, or the model's own).
         mask_table: the width table (default: mask_table.json beside the checkpoint).
@@ -156,7 +146,7 @@ def load_supernet(
     Raises InputError if the files do not belong together.
     """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
-    content = content or read(path)
+    content = read(path)
     if use_ema and not content.get("model_ema"):
         raise InputError(f"{path}: has no averaged weights (member 'model_ema')")
     state = content["model_ema" if use_ema else "model"]
