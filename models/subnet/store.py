@@ -195,7 +195,9 @@ def _load_one_size(path, config, state, input_size, weights, kwargs):
 
 def _agreed(beside, inside, table_path, path):
     """The table inside a checkpoint. The one beside it may be longer or shorter by what a stopped run had not saved.
-    Raises InputError if they are of different runs."""
+
+    Raises InputError if they are of different runs.
+    """
     common = min(beside.last, inside.last) + 1
     if beside.steps[:common] != inside.steps[:common]:
         raise InputError(

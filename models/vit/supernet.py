@@ -108,16 +108,6 @@ class Switched:
     def extra_repr(self):
         return ", ".join(filter(None, (super().extra_repr(), "" if self.on else "off")))
 
-    def __reduce__(self):
-        return _without_state, (_switched, type(self).stock), self.__dict__
-
-
-@cache
-def _switched(stock):
-    """The class of a timm module ``stock`` that can be switched off: SwitchedAttention, SwitchedMlp, ..."""
-    members = {"stock": stock, "returns_zeros": stock in ATTENTION or stock in MLPS}
-    return type(f"Switched{stock.__name__}", (Switched, stock), members)
-
 
 class SwitchedBlock:
     """A block that has LayerScales as its own parameters ``gamma_1`` and ``gamma_2``. It does not scale a branch that
@@ -126,18 +116,21 @@ class SwitchedBlock:
     gamma_1 = property(lambda block: block._parameters["gamma_1"] if block.attn.on else 1.0)
     gamma_2 = property(lambda block: block._parameters["gamma_2"] if block.mlp.on else 1.0)
 
-    def __reduce__(self):
-        return _without_state, (_switched_block, type(self).stock), self.__dict__
-
 
 @cache
-def _switched_block(stock):
-    return type(f"Switched{stock.__name__}", (SwitchedBlock, stock), {"stock": stock})
+def _switched(mixin, stock):
+    """The class of a timm module ``stock`` with Switched or SwitchedBlock: SwitchedAttention, SwitchedMlp, ..."""
+    members = {
+        "stock": stock,
+        "returns_zeros": stock in ATTENTION or stock in MLPS,
+        "__reduce__": lambda module: (_without_state, (mixin, stock), module.__dict__),
+    }
+    return type(f"Switched{stock.__name__}", (mixin, stock), members)
 
 
-def _without_state(make_class, stock):
+def _without_state(mixin, stock):
     """For pickle, which cannot name a class that is made at run time."""
-    cls = make_class(stock)
+    cls = _switched(mixin, stock)
     return cls.__new__(cls)
 
 
@@ -249,9 +242,9 @@ def as_supernet(model):
             module.__class__ = PREFIX_CLASSES[type(module)]
             module.layer, module.width = layer, branch.part.width
         for module in (branch.module, *branch.helpers.values()):
-            module.__class__ = _switched(type(module))
+            module.__class__ = _switched(Switched, type(module))
         if branch.block._parameters.get(branch.gamma) is not None and type(branch.block) in BLOCKS:
-            branch.block.__class__ = _switched_block(type(branch.block))
+            branch.block.__class__ = _switched(SwitchedBlock, type(branch.block))
     for branch in branches(model):
         branch.keep(branch.full)
     return model
