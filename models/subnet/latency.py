@@ -67,10 +67,8 @@ def _measure(networks, device, conditions):
 
 @dataclass
 class LatencyTable:
-    """Measured milliseconds per batch by Widths, under one set of Conditions; one JSON file.
-
-    With a SuperNetwork ``loaded`` and a ``device`` it measures what it does not know yet, and keeps it.
-    """
+    """Measured milliseconds per batch by Widths, under one set of Conditions; one JSON file. With a SuperNetwork
+    ``loaded`` and a ``device`` it measures what it does not know yet, and keeps it."""
 
     path: Path
     conditions: Conditions

@@ -31,10 +31,8 @@ def _weigh(counter, convention):
 @dataclass(frozen=True)
 class BranchCost:
     """What one branch costs: ``per_unit`` for every dimension per head or hidden unit, ``fixed`` once if it is kept.
-
-    Both are Counters of products, elementwise, activation, norm, layer_norm, bare_layer_norm, matmul (all per image)
-    and parameters. full, indivisible: as in PrefixBranch.
-    """
+    Both count products, elementwise, activation, norm, layer_norm, bare_layer_norm, matmul (all per image) and
+    parameters. full, indivisible: as in PrefixBranch."""
 
     per_unit: Counter
     fixed: Counter

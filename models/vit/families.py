@@ -135,10 +135,8 @@ def _acts(module, name):
 
 
 def _attention(module, only_v=None):
-    """q, k, v, softmax(anything that v has no part in) v, then proj.
-
-    only_v: why q and k are not cut, in a class whose forward has one width for q, k and v; v is padded there.
-    """
+    """q, k, v, softmax(anything that v has no part in) v, then proj. only_v: why q and k are not cut, in a class whose
+    forward has one width for q, k and v; v is padded there."""
     heads = module.num_heads
     inputs = ("qkv",) if getattr(module, "qkv", None) is not None else ("q_proj", "k_proj", "v_proj")
     width = module.proj.in_features // heads
