@@ -30,10 +30,8 @@ from utils import InputError
 
 
 class Prefix:
-    """What the three layers below share: of every group of ``width`` entries the first ``kept`` take part.
-
-    layer: the Layer of ``families`` that says which entries form a group.
-    """
+    """What the three layers below share: of every group of ``width`` entries the first ``kept`` take part. layer: the
+    Layer of ``families`` that says which entries form a group."""
 
     def prefix(self, name):
         """The slice: the part of parameter ``name`` that takes part, differentiable in all of the parameter."""
@@ -95,10 +93,8 @@ PREFIX_CLASSES = {cls.stock: cls for cls in (PrefixLinear, PrefixLayerNorm, Pref
 
 
 class Switched:
-    """A module that can be switched off, by ``on``.
-
-    Off, attention and MLP return zeros; norms, LayerScale and DropPath return their input.
-    """
+    """A module that can be switched off, by ``on``. Off, attention and MLP return zeros; norms, LayerScale and DropPath
+    return their input."""
 
     def forward(self, x, *args, **kwargs):
         if self.on:
@@ -207,6 +203,10 @@ def at_widths(supernet, widths):
         set_widths(supernet, before)
 
 
+_NAMES = ", ".join(cls.__name__ for cls in MODELS)
+SUPPORTED = f"supported are timm's {_NAMES}, of the parts that 'python -m models' lists"
+
+
 def check_supported(model):
     """Raise InputError, with what is supported, if there is no entry for ``model``, its blocks, or a part of them."""
     kind, blocks = type(model).__name__, named_blocks(model)
@@ -215,26 +215,18 @@ def check_supported(model):
     if not isinstance(model, MODELS) or not blocks:
         own = sorted({type(module).__name__ for module in model.modules() if "Block" in type(module).__name__})
         of = f" of {', '.join(own[:3])}" if own else ""
-        raise InputError(f"a {kind}{of} cannot be cut; {supported()}")
+        raise InputError(f"a {kind}{of} cannot be cut; {SUPPORTED}")
     try:
         layers = [type(module) for branch in stock_branches(model) for _, module in branch.layers]
     except UnsupportedPart as error:
-        raise InputError(f"the blocks of this {kind} have {error}; {supported()}") from None
+        raise InputError(f"the blocks of this {kind} have {error}; {SUPPORTED}") from None
     for cls in set(layers) - set(PREFIX_CLASSES):
-        raise InputError(f"the blocks of this {kind} have a {cls.__name__} that cannot be cut; {supported()}")
-
-
-def supported():
-    """What can be cut, in one line."""
-    names = ", ".join(cls.__name__ for cls in MODELS)
-    return f"supported are timm's {names}, of the parts that 'python -m models' lists"
+        raise InputError(f"the blocks of this {kind} have a {cls.__name__} that cannot be cut; {SUPPORTED}")
 
 
 def as_supernet(model):
-    """Make a timm model a super-network, in place, at its full widths; parameters and names stay.
-
-    Raises InputError as ``check_supported``.
-    """
+    """Make a timm model a super-network, in place, at its full widths; parameters and names stay. Raises InputError as
+    ``check_supported``."""
     check_supported(model)
     for branch in stock_branches(model):
         branch.module.part = branch.part
@@ -245,15 +237,13 @@ def as_supernet(model):
             module.__class__ = _switched(Switched, type(module))
         if branch.block._parameters.get(branch.gamma) is not None and type(branch.block) in BLOCKS:
             branch.block.__class__ = _switched(SwitchedBlock, type(branch.block))
-    for branch in branches(model):
-        branch.keep(branch.full)
+    set_widths(model, full_widths(model))
     return model
 
 
 def as_stock(supernet):
     """Undo ``as_supernet``, in place."""
-    for branch in branches(supernet):
-        branch.keep(branch.full)
+    set_widths(supernet, full_widths(supernet))
     for module in supernet.modules():
         if isinstance(module, (Prefix, Switched, SwitchedBlock)):
             module.__class__ = type(module).stock
@@ -263,10 +253,8 @@ def as_stock(supernet):
 
 
 class Replay(nn.Module):
-    """Stands in for a block, so that blocks whose result is known are not computed again.
-
-    Its input is replaced by ``activation`` if there is one, then goes through ``block`` if there is one.
-    """
+    """Stands in for a block, so that blocks whose result is known are not computed again. Its input is replaced by
+    ``activation`` if there is one, then goes through ``block`` if there is one."""
 
     def __init__(self, activation=None, block=None):
         super().__init__()
