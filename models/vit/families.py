@@ -278,9 +278,8 @@ class Branch:
     """
 
     def __init__(self, path, block, name):
-        number = {"attn": 1, "mlp": 2}[name]
-        self.path, self.block, self.name, self.gamma = path, block, name, f"gamma_{number}"
-        self._norm, self._ls, self._drop_path = (f"{helper}{number}" for helper in ("norm", "ls", "drop_path"))
+        self.path, self.block, self.name, self.number = path, block, name, {"attn": 1, "mlp": 2}[name]
+        self.gamma = f"gamma_{self.number}"
 
     def __str__(self):
         return f"{self.path}.{self.name}"
@@ -293,22 +292,22 @@ class Branch:
 
     @property
     def norm(self):
-        return getattr(self.block, self._norm)
+        return getattr(self.block, f"norm{self.number}")
 
     @property
     def drop_path(self):
-        return getattr(self.block, self._drop_path)
+        return getattr(self.block, f"drop_path{self.number}")
 
     @property
     def helpers(self):
         """{name: module} of norm, LayerScale and DropPath, in this order, those that the block has."""
-        names = (self._norm, self._ls, self._drop_path)
+        names = [f"{helper}{self.number}" for helper in ("norm", "ls", "drop_path")]
         return {name: getattr(self.block, name) for name in names if hasattr(self.block, name)}
 
     @property
     def scale(self):
         """The LayerScale, [D], or 1.0 if there is none."""
-        gamma = getattr(getattr(self.block, self._ls, None), "gamma", None)
+        gamma = getattr(getattr(self.block, f"ls{self.number}", None), "gamma", None)
         gamma = self.block._parameters.get(self.gamma) if gamma is None else gamma
         return 1.0 if gamma is None else gamma.detach()
 
