@@ -58,8 +58,9 @@ class ModelSpec:
         except (TypeError, ValueError, AssertionError) as error:
             if pretrained:
                 raise
+            _, at_own_size = replace(self, img_size=None).timm_call()
             with torch.device("meta"):  # what cannot be cut at any size is told so, and not that its size is wrong
-                _check_supported(timm.create_model(timm_name, **ALIASES.get(self.name, (None, {}))[1]), self.name)
+                _check_supported(timm.create_model(timm_name, **at_own_size), self.name)
             if self.img_size is None:
                 raise ModelError(f"{self.name}: timm does not build it ({first_line(error)})") from None
             raise SizeError(f"{self.img_size}: timm does not build {self.name} ({first_line(error)})") from None
@@ -228,7 +229,8 @@ def _owner(state):
     for name in ALIASES:
         with torch.device("meta"):
             own = ModelSpec(name, classes_of(state)).build().state_dict()
-        if _shapes(own) | {"pos_embed": None} == _shapes(state) | {"pos_embed": None}:
+        any_size = {"pos_embed": None}  # of images
+        if _shapes(own) | any_size == _shapes(state) | any_size:
             return f"; these are weights of {name}"
     return ""
 

@@ -89,7 +89,7 @@ def _permute(module, layer, order, groups=slice(None)):
 
 
 def _rewrite_attention(branch, sums, basis, untouched):
-    proj, mean_z, keys = branch.output, sums.grad_z.mean, branch.part.keys
+    proj, mean_z, map_q = branch.output, sums.grad_z.mean, None
     columns = head_columns(proj, branch.part.heads)
     mean = torch.einsum("hcd,hd->c", columns, mean_z)
     mean = mean if proj.bias is None else mean + proj.bias.detach().double()
@@ -98,15 +98,15 @@ def _rewrite_attention(branch, sums, basis, untouched):
     if branch.indivisible:
         # With all dimensions of a head their correlations are lost too.
         rewrite.lost = (columns.mT @ sums.mean_gram @ columns * sums.grad_z.covariance).sum((0, 1))
-    elif untouched:
-        rewrite.lost = _lost_with_queries(sums) if keys else rewrite.lost
-    else:
+        return rewrite
+    if not untouched:
         weights = HeadWeights(branch)
         solve = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
         rewrite.maps, rewrite.shift, map_q = solve(weights, sums)
         weights.write()
-        rewrite.lost = _lost_with_queries(sums, map_q) if keys else rewrite.lost
-        if keys and map_q is None:
+    if branch.part.keys:
+        rewrite.lost = _lost_with_queries(sums, map_q)
+        if map_q is None and not untouched:
             rewrite.lost = rewrite.lost[_permute_queries_and_keys(branch, sums)]
     return rewrite
 
@@ -116,7 +116,7 @@ def head_columns(proj, heads):
     return rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=heads)
 
 
-def _lost_with_queries(sums, map_q=None):
+def _lost_with_queries(sums, map_q):
     """What the objective is expected to lose with each dimension of q and k, summed over heads, [d].
 
     map_q: the map of q, [H, d, d], if there is one. Dropping a dimension of q changes the objective by -g f, to first
