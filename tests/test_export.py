@@ -161,11 +161,13 @@ def test_the_stages_read_a_saved_folder_at_any_input_size_and_a_fine_tuned_check
     assert larger.supernet(random_images(1, size=32)).shape == (1, 10)
     averaged = {name: value + 0.1 for name, value in subnet.state_dict().items()}
     content = {"config": load.read_config(tmp_path), "model": subnet.state_dict(), "model_ema": averaged}
-    tuned = load_supernet("a test", content, use_ema=True)
+    torch.save(content, tmp_path / "tuned.pth")
+    tuned = load_supernet(tmp_path / "tuned.pth", use_ema=True)
     assert tuned.one_size and tuned.table.steps == [WIDTHS]
     assert torch.equal(tuned.supernet.head.weight, averaged["head.weight"])
-    with pytest.raises(InputError, match="a test: has no averaged weights"):
-        load_supernet("a test", content | {"model_ema": None}, use_ema=True)
+    torch.save(content | {"model_ema": None}, tmp_path / "last.pth")
+    with pytest.raises(InputError, match=r"last\.pth: has no averaged weights"):
+        load_supernet(tmp_path / "last.pth", use_ema=True)
 
 
 @pytest.mark.parametrize(
@@ -237,10 +239,11 @@ def test_onnx_and_int8_run_in_onnx_runtime_on_any_batch(tmp_path):
     assert sizes["model.int8.onnx"] < 0.6 * sizes["model.onnx"]
 
 
-def test_an_export_that_differs_leaves_no_file_and_what_was_there_stays(tmp_path, monkeypatch):
+@pytest.mark.parametrize("logit", [3.0, float("nan")])
+def test_an_export_that_differs_leaves_no_file_and_what_was_there_stays(logit, tmp_path, monkeypatch):
     saved(tmp_path / "net")
     before = (tmp_path / "net/model.safetensors").read_bytes()
-    wrong = Namespace(module=lambda: lambda images: torch.full((len(images), 10), 3.0))
+    wrong = Namespace(module=lambda: lambda images: torch.full((len(images), 10), logit))
     monkeypatch.setattr(torch.export, "load", lambda path: wrong)
     with pytest.raises(InputError, match=r"model\.pt2: its logits differ by .* nothing is written"):
         saved(tmp_path / "net", formats=["pt2"], widths=Widths((8,) * 4, (8,) * 4))

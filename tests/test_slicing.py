@@ -124,7 +124,7 @@ def test_widths_are_put_back_after_an_exception(cut, monkeypatch):
     with pytest.raises(ZeroDivisionError), at_widths(supernet, full_widths(supernet)):
         raise ZeroDivisionError
     assert current_widths(supernet) == widths
-    monkeypatch.setattr("models.subnet.extract.narrow_block", lambda *_: 1 / 0)
+    monkeypatch.setattr("models.subnet.extract.narrow", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         extract(supernet, full_widths(supernet))
     assert current_widths(supernet) == widths

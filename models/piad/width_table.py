@@ -15,10 +15,8 @@ FORMAT_VERSION = 1
 
 @dataclass
 class WidthTable:
-    """Widths per step: ``steps[0]`` is the full network, ``steps[-1]`` the smallest; widths never grow.
-
-    meta: free additional information, kept in the file's ``"meta"`` member.
-    """
+    """Widths per step: ``steps[0]`` is the full network, ``steps[-1]`` the smallest; widths never grow. meta: free
+    additional information, kept in the file's ``"meta"`` member."""
 
     steps: list[Widths]
     meta: dict = field(default_factory=dict)
@@ -59,12 +57,15 @@ class WidthTable:
         content = utils.parse_json(text, source)
         if not isinstance(content, dict):
             raise InputError(f"{source}: expected one object with members '0.attn', '0.mlp', ...")
-        meta = content.pop("meta", {})
-        columns = [_column(content, name, source) for name in _expected_names(content, source)]
+        count = len([name for name in content if name.endswith((".attn", ".mlp"))])
+        names = branch_names(max(count + 1, 2) // 2)
+        if missing := [name for name in names if name not in content]:
+            raise InputError(f"{source}: member '{missing[0]}' is missing")
+        columns = [_column(content[name], name, source) for name in names]
         if any(len(column) != len(columns[0]) for column in columns):
             raise InputError(f"{source}: its members do not all have the same steps")
-        steps = [Widths.from_flat(row) for row in zip(*columns, strict=True)]
-        return cls(steps, meta if isinstance(meta, dict) else {})
+        meta = content.get("meta")
+        return cls(list(map(Widths.from_flat, zip(*columns, strict=True))), meta if isinstance(meta, dict) else {})
 
     @classmethod
     def load(cls, path):
@@ -84,12 +85,13 @@ class WidthTable:
     def check_fits(self, costs, source):
         """Raise InputError unless the table is one of the network with ``costs``: it starts at the full widths, and
         keeps all or nothing of an indivisible branch. source: the name in errors."""
-        full = costs.full
-        if self.steps[0] != full:
-            raise InputError(f"{source}: made for another model: its step 0 has {_first_difference(self, full)}")
+        full, another = costs.full.flat, f"{source}: made for another model: its step 0 has"
+        if len(self.steps[0].flat) != len(full):
+            raise InputError(f"{another} {len(self.steps[0].attn)} blocks, the model {len(full) // 2}")
         for step, widths in enumerate(self.steps):
-            rows = zip(widths.named.items(), full.flat, costs.indivisible, strict=True)
-            for (name, kept), most, indivisible in rows:
+            for (name, kept), most, indivisible in zip(widths.named.items(), full, costs.indivisible, strict=True):
+                if step == 0 and kept != most:
+                    raise InputError(f"{another} width {kept} for '{name}', the model {most}")
                 if indivisible and kept not in (0, most):
                     raise InputError(
                         f"{source}: '{name}' step {step} keeps {kept} of {most}; in this model it can only be kept "
@@ -97,39 +99,20 @@ class WidthTable:
                     )
 
 
-def _first_difference(table, full):
-    depth, own = len(table.steps[0].attn), len(full.attn)
-    if depth != own:
-        return f"{depth} blocks, the model {own}"
-    pairs = zip(table.steps[0].named.items(), full.flat, strict=True)
-    (name, width), expected = next(pair for pair in pairs if pair[0][1] != pair[1])
-    return f"width {width} for '{name}', the model {expected}"
-
-
-def _expected_names(content, source):
-    found = [name for name in content if name.endswith((".attn", ".mlp"))]
-    names = branch_names((len(found) + 1) // 2)
-    missing = next((name for name in names if name not in content), None)
-    if not names or missing:
-        raise InputError(f"{source}: member '{missing or '0.attn'}' is missing")
-    return names
-
-
-def _column(content, name, source):
+def _column(member, name, source):
     """The widths of one branch in step order, checked."""
-    member = content[name]
     if not isinstance(member, dict):
         raise InputError(f"{source}: member '{name}' must map steps to widths")
-    count = len([step for step in member if step != "-1"])
-    missing = next((step for step in range(max(count, 1)) if str(step) not in member), None)
-    if missing is not None:
-        raise InputError(f"{source}: '{name}' has no step '{missing}'; steps run from '0' without a gap")
-    column = [member[str(step)] for step in range(count)]
-    for step, width in enumerate(column):
+    column = []
+    for step in range(max(len(member.keys() - {"-1"}), 1)):
+        if str(step) not in member:
+            raise InputError(f"{source}: '{name}' has no step '{step}'; steps run from '0' without a gap")
+        width = member[str(step)]
         if type(width) is not int or width < 0:
             raise InputError(f"{source}: '{name}' step {step} is {width!r}; widths are integers of at least 0")
-        if step and width > column[step - 1]:
-            raise InputError(f"{source}: '{name}' grows from {column[step - 1]} to {width} at step {step}")
+        if column and width > column[-1]:
+            raise InputError(f"{source}: '{name}' grows from {column[-1]} to {width} at step {step}")
+        column.append(width)
     if member.get("-1", column[-1]) != column[-1]:
         raise InputError(f"{source}: '{name}' step '-1' is {member['-1']}, its last step {column[-1]}")
     return column

@@ -17,9 +17,7 @@ BUDGET_KINDS = ("op_code", "macs", "macs_ratio", "params")
 @dataclass(frozen=True)
 class Choice:
     """What a budget obtains: the widths of ``step`` of the table or, if ``finer``, wider ones up to the step before.
-
-    latency_ms: milliseconds per batch, if they have been measured.
-    """
+    latency_ms: milliseconds per batch, if they have been measured."""
 
     step: int
     widths: Widths
@@ -30,7 +28,7 @@ class Choice:
         return f"{self.step}+" if self.finer else str(self.step)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Budget:
     """What a user asks for. kind: 'op_code' (a step), 'macs' (paper's convention), 'macs_ratio' (of the full network),
     'params', or 'latency_ms', which is measured: ``latency.py``. value: a number, or a text such as '8.44G' or '50%';
@@ -42,7 +40,7 @@ class Budget:
     def __post_init__(self):
         try:
             if isinstance(self.value, str):
-                object.__setattr__(self, "value", quantity(self.value))  # how a frozen dataclass is told
+                self.value = quantity(self.value)
         except ArgumentTypeError as error:
             raise InputError(f"{self.kind} {error}") from None
 

@@ -86,19 +86,22 @@ Licence of timm's weights of {architecture}: {license}. If it was cut from other
 def model_card(config):
     """The text of README.md, in the layout of model hubs. config: the content of config.json."""
     origin, widths, full = config.get("origin", {}), config["widths"], config["full_widths"]
-    rows = {"cut from": config["model"]}
-    rows |= {name: origin[name] for name in ("checkpoint", "asked", "compensated", "calibrated") if origin.get(name)}
-    rows |= {
+    tested = origin if origin.get("images") else {}
+    rows = {
+        "cut from": config["model"],
+        **{name: origin.get(name) for name in ("checkpoint", "asked", "compensated", "calibrated")},
         "MACs with the attention matmuls": utils.with_unit(config["macs_with_attention_matmuls"]),
         "parameters": utils.with_unit(config["parameters"]),
         "input": " x ".join(map(str, config["pretrained_cfg"]["input_size"])),
         "head width of each block": f"{widths['attn']} of {full['attn']}",
         "hidden units of each block": f"{widths['mlp']} of {full['mlp']}",
+        "tested on": tested.get("data_set"),
+        "images": tested.get("images"),
+        "classifier of the features": tested.get("probe"),
+        "top-1, %": tested.get("top1"),
+        "top-5, %": tested.get("top5"),
     }
-    accuracy = {"data_set": "tested on", "images": "images", "probe": "classifier of the features"}
-    accuracy |= {"top1": "top-1, %", "top5": "top-5, %"}
-    rows |= {words: origin[name] for name, words in accuracy.items() if origin.get("images") and origin.get(name)}
-    rows = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in rows.items()}
+    known = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in rows.items() if value}
     with_timm = 'timm.create_model("local-dir:this folder", pretrained=True)'
     return MODEL_CARD.format(
         task="classification" if config["num_classes"] else "feature-extraction",
@@ -106,7 +109,7 @@ def model_card(config):
         architecture=config["architecture"],
         macs=utils.with_unit(config["macs"]),
         license=config["pretrained_cfg"].get("license", "unknown"),
-        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        rows="\n".join(f"| {name} | {value} |" for name, value in known.items()),
         timm=f"So does `{with_timm}`."
         if widths == full
         else "timm alone does not: its models have no arguments for these widths.",
@@ -115,10 +118,8 @@ def model_card(config):
 
 @contextmanager
 def _atomic_folder(folder):
-    """Yield an empty folder inside ``folder``; on success its files move up, on failure nothing does.
-
-    Raises InputError if the file system refuses.
-    """
+    """Yield an empty folder inside ``folder``; on success its files move up, on failure nothing does. Raises InputError
+    if the file system refuses."""
     place = utils.temporary_path(folder, "files")  # inside: another folder may be on another disk
     try:
         place.mkdir(parents=True)
@@ -140,7 +141,7 @@ def _export_pt2(subnet, path):
     batch = {0: torch.export.Dim("batch", max=MOST_IMAGES)}
     program = torch.export.export(subnet, (_example(subnet, TRACED_BATCH),), dynamic_shapes=(batch,))
     torch.export.save(program, path)
-    return _checked(subnet, torch.export.load(path).module(), path.name)
+    return _difference(subnet, torch.export.load(path).module(), path.name, TOLERANCE)
 
 
 def _export_onnx(subnet, path):
@@ -154,7 +155,7 @@ def _export_onnx(subnet, path):
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces of this machine
     program.save(path, external_data=False)
-    return _checked(subnet, OnnxNetwork(path), path.name)
+    return _difference(subnet, OnnxNetwork(path), path.name, TOLERANCE)
 
 
 def _quantise(subnet, source, path):
@@ -190,22 +191,18 @@ class OnnxNetwork(nn.Module):
         return torch.from_numpy(logits).to(images.device)
 
 
-def _checked(subnet, exported, name):
-    """``_difference``, of which more than TOLERANCE is an InputError."""
-    difference = _difference(subnet, exported, name)
-    if not difference <= TOLERANCE:
-        raise InputError(f"{name}: its logits differ by {difference:.1e} from PyTorch's: nothing is written")
-    return difference
-
-
 @torch.inference_mode()
-def _difference(subnet, exported, name):
-    """The largest difference of an export's logits from PyTorch's, relative to the largest logit."""
-    difference = 0.0
+def _difference(subnet, exported, name, tolerance=float("inf")):
+    """The largest difference of an export's logits from PyTorch's, relative to the largest logit. Raises InputError if
+    it is more than ``tolerance``, or not a number."""
+    differences = []
     for batch in CHECKED_BATCHES:
         images = _example(subnet, batch)
         expected, got = subnet(images), exported(images)
         if expected.shape != got.shape:
             raise InputError(f"{name}: gives {tuple(got.shape)} where PyTorch gives {tuple(expected.shape)}")
-        difference = max(difference, ((expected - got).abs().max() / expected.abs().max()).item())
+        differences.append((expected - got).abs().max() / expected.abs().max())
+    difference = torch.stack(differences).max().item()
+    if not difference <= tolerance:
+        raise InputError(f"{name}: its logits differ by {difference:.1e} from PyTorch's: nothing is written")
     return difference

@@ -67,10 +67,8 @@ def _measure(networks, device, conditions):
 
 @dataclass
 class LatencyTable:
-    """Measured milliseconds per batch by Widths, under one set of Conditions; one JSON file.
-
-    With a SuperNetwork ``loaded`` and a ``device`` it measures what it does not know yet, and keeps it.
-    """
+    """Measured milliseconds per batch by Widths, under one set of Conditions; one JSON file. With a SuperNetwork
+    ``loaded`` and a ``device`` it measures what it does not know yet, and keeps it."""
 
     path: Path
     conditions: Conditions
@@ -97,11 +95,6 @@ class LatencyTable:
         known = utils.from_main(lambda: cls.load(path).points if path.is_file() else {})
         return cls(path, conditions, known, loaded, device)
 
-    def save(self):
-        points = [{"widths": widths.as_dict(), "ms": ms} for widths, ms in self.points.items()]
-        content = {"conditions": asdict(self.conditions), "torch": torch.__version__, "points": points}
-        utils.save_text(json.dumps(content), self.path)
-
     def known(self, table):
         """{step: milliseconds} of the steps of a WidthTable that have been measured."""
         return {step: self.points[widths] for step, widths in enumerate(table.steps) if widths in self.points}
@@ -113,7 +106,9 @@ class LatencyTable:
         networks = [self.loaded.slice(widths).to(self.device) for widths in many_widths]
         milliseconds = measure([*networks, *others], self.device, self.conditions)
         self.points |= dict(zip(many_widths, milliseconds, strict=False))
-        self.save()
+        points = [{"widths": widths.as_dict(), "ms": ms} for widths, ms in self.points.items()]
+        content = {"conditions": asdict(self.conditions), "torch": torch.__version__, "points": points}
+        utils.save_text(json.dumps(content), self.path)
         return milliseconds
 
     def choose(self, budget, table):
@@ -122,25 +117,16 @@ class LatencyTable:
         What is not known yet is measured, first both ends of the table, then by bisection. A table without a
         super-network chooses among the steps that it knows. Raises InputError with the reachable range.
         """
-        if self.loaded:
-            missing = [step for step in (0, table.last) if step not in self.known(table)]
-            if missing:
-                self.measure([table.steps[step] for step in missing])
-        elif not self.known(table):
+        missing = [step for step in (0, table.last) if step not in self.known(table)]
+        if self.loaded and missing:
+            self.measure([table.steps[step] for step in missing])
+        if not self.known(table):
             raise InputError(f"{self.path}: holds no measurement of a sub-network of this table")
         while True:
             known = self.known(table)
-            step, too_slow = bracket(known, budget)
+            step = min((step for step, ms in known.items() if ms <= budget.value), default=None)
+            budget.check_reach(step, min(known.values()), max(known.values()))
+            too_slow = max((other for other in known if other < step), default=-1)
             if not self.loaded or step - too_slow <= 1:
                 return Choice(step, table.steps[step], latency_ms=known[step])
             self.measure([table.steps[(step + too_slow) // 2]])
-
-
-def bracket(known, budget):
-    """(the largest step of {step: milliseconds} within a Budget, the next larger known step or -1 if there is none).
-
-    Raises InputError with the reachable range if no known step is within it, or the slowest far below it.
-    """
-    step = min((step for step, ms in known.items() if ms <= budget.value), default=None)
-    budget.check_reach(step, min(known.values()), max(known.values()))
-    return step, max((other for other in known if other < step), default=-1)

@@ -4,7 +4,6 @@ A super-network is a folder with checkpoint_N.pth and mask_table.json. A sub-net
 one step: a folder with model.safetensors and config.json, or a checkpoint with the same description inside.
 """
 
-import argparse
 import copy
 import re
 from dataclasses import dataclass
@@ -107,16 +106,12 @@ def numbered_checkpoints(folder):
 
 
 def newest_checkpoint(folder):
-    """The checkpoint_N.pth of ``folder`` with the highest N, or else the first of OTHER_NAMES that is there.
-
-    Raises InputError if there is none of them.
-    """
-    folder = Path(folder)
-    found = numbered_checkpoints(folder)
-    if found:
+    """The checkpoint_N.pth of ``folder`` with the highest N, or else the first of OTHER_NAMES that is there. Raises
+    InputError if there is none of them."""
+    if found := numbered_checkpoints(folder):
         return found[max(found)]
     for name in OTHER_NAMES:
-        for path in sorted(folder.glob(name)):
+        for path in sorted(Path(folder).glob(name)):
             return path
     raise InputError(
         f"{folder}: no checkpoint_N.pth (or {WEIGHTS_NAME}) in it; expected that and {TABLE_NAME}, or a saved "
@@ -136,21 +131,11 @@ def read(path):
 
 
 def load_supernet(
-    path,
-    content=None,
-    *,
-    model=None,
-    input_size=None,
-    mask_table=None,
-    use_ema=False,
-    compensation=None,
-    compensate=None,
-    **kwargs,
+    path, *, model=None, input_size=None, mask_table=None, use_ema=False, compensation=None, compensate=None, **kwargs
 ):
     """Load a super-network or a sub-network from a folder or a checkpoint file, a SuperNetwork.
 
     Args:
-        content: the checkpoint, if it has been read already.
         model: its name (default: from the table's meta, the checkpoint's args or the folder's name).
         input_size: image size in pixels (default: the table's, or the model's own).
         mask_table: the width table (default: mask_table.json beside the checkpoint).
@@ -161,8 +146,10 @@ def load_supernet(
     Raises InputError if the files do not belong together.
     """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
-    content = content or read(path)
-    state = _chosen_weights(content, use_ema, path)
+    content = read(path)
+    if use_ema and not content.get("model_ema"):
+        raise InputError(f"{path}: has no averaged weights (member 'model_ema')")
+    state = content["model_ema" if use_ema else "model"]
     weights = digest(state)
     if "config" in content:
         return _load_one_size(path, content["config"], state, input_size, weights, kwargs)
@@ -172,19 +159,17 @@ def load_supernet(
         table.check_made_for(weights, table_path)
         if "mask_table" in content:
             table = _agreed(table, WidthTable.from_json(content["mask_table"], path), table_path, path)
-    spec = ModelSpec(
-        name=model or _model_name(table, content, path),
-        num_classes=classes_of(state),
-        img_size=input_size or _image_size(table),
-    )
+    size = table.meta.get("img_size")  # the user's to edit
+    size = input_size or (size if type(size) is int and size > 0 else None)
+    spec = ModelSpec(model or _model_name(table, content, path), classes_of(state), size)
     supernet = spec.build(**kwargs)
     load_weights(supernet, state, path)
     costs = Costs.of(as_supernet(supernet))
     table.check_fits(costs, table_path)
-    file, wanted = Path(compensation or path.parent / COMPENSATION_NAME), compensate
-    if wanted is None:
-        wanted = bool(compensation) or file.is_file()
-    known = load_compensation(file, supernet, weights) if wanted else None
+    file = Path(compensation or path.parent / COMPENSATION_NAME)
+    if compensate is None:
+        compensate = bool(compensation) or file.is_file()
+    known = load_compensation(file, supernet, weights) if compensate else None
     return SuperNetwork(supernet, spec, table, costs, path, weights, known)
 
 
@@ -208,12 +193,6 @@ def _load_one_size(path, config, state, input_size, weights, kwargs):
     return SuperNetwork(subnet, spec, WidthTable([widths]), costs, path, weights, one_size=True)
 
 
-def _chosen_weights(content, use_ema, path):
-    if use_ema and not content.get("model_ema"):
-        raise InputError(f"{path}: has no averaged weights (member 'model_ema')")
-    return content["model_ema"] if use_ema else content["model"]
-
-
 def _agreed(beside, inside, table_path, path):
     """The table inside a checkpoint. The one beside it may be longer or shorter by what a stopped run had not saved.
 
@@ -226,19 +205,11 @@ def _agreed(beside, inside, table_path, path):
 
 
 def _model_name(table, content, path):
-    saved = content.get("args")
     folder = path.parent.name if path.parent.name in ALIASES else None
-    said = (table.meta.get("model"), isinstance(saved, argparse.Namespace) and getattr(saved, "model", None), folder)
-    name = next((name for name in said if name and isinstance(name, str)), None)
-    if not name:
-        raise InputError(f"{path}: does not say which model it is; name the model")
-    return name
-
-
-def _image_size(table):
-    """The image size in the table's meta, which is the user's to edit: None if it is no size."""
-    size = table.meta.get("img_size")
-    return size if type(size) is int and size > 0 else None
+    for name in (table.meta.get("model"), getattr(content.get("args"), "model", None), folder):
+        if name and isinstance(name, str):
+            return name
+    raise InputError(f"{path}: does not say which model it is; name the model")
 
 
 def subnet_config(subnet, spec, widths, costs, crop_ratio):

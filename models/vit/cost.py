@@ -31,28 +31,21 @@ def _weigh(counter, convention):
 @dataclass(frozen=True)
 class BranchCost:
     """What one branch costs: ``per_unit`` for every dimension per head or hidden unit, ``fixed`` once if it is kept.
-
-    Both are Counters of products, elementwise, activation, norm, layer_norm, bare_layer_norm, matmul (all per image)
-    and parameters. full, indivisible: as in PrefixBranch.
-    """
+    Both count products, elementwise, activation, norm, layer_norm, bare_layer_norm, matmul (all per image) and
+    parameters. full, indivisible: as in PrefixBranch."""
 
     per_unit: Counter
     fixed: Counter
     full: int
     indivisible: bool
 
-    def count(self, width):
-        """Everything at ``width``, a Counter."""
-        total = Counter(self.fixed) if width else Counter()
-        for name, number in self.per_unit.items():
-            total[name] += width * number
-        return total
+    def at(self, width, convention):
+        """MACs at ``width``."""
+        return _weigh(self.fixed, convention) + width * _weigh(self.per_unit, convention) if width else 0
 
     def unit(self, convention):
         """MACs of one dimension of all heads or of one hidden unit; of an indivisible branch, its share of them."""
-        if self.indivisible:
-            return _weigh(self.count(self.full), convention) / self.full
-        return _weigh(self.per_unit, convention)
+        return self.at(self.full, convention) / self.full if self.indivisible else _weigh(self.per_unit, convention)
 
 
 @dataclass(frozen=True)
@@ -91,17 +84,14 @@ class Costs:
         """[2L]: MACs of one dimension of all heads, or of one hidden unit, of each branch."""
         return [branch.unit(convention) for branch in self.branches]
 
-    def _total(self, widths):
-        pairs = zip(self.branches, widths.flat, strict=True)
-        return sum((branch.count(width) for branch, width in pairs), Counter(self.fixed))
-
     def macs(self, widths, convention=PAPER):
         """MACs of one image through the network at ``widths`` (Widths), in the given convention."""
-        return _weigh(self._total(widths), convention)
+        pairs = zip(self.branches, widths.flat, strict=True)
+        return _weigh(self.fixed, convention) + sum(branch.at(width, convention) for branch, width in pairs)
 
     def parameters(self, widths):
         """Parameters of the extracted network at ``widths``. A removed branch takes its norm and LayerScale along."""
-        return self._total(widths)["parameters"]
+        return self.macs(widths, {"parameters": 1})
 
 
 @torch.no_grad()

@@ -12,16 +12,11 @@ from enum import Enum
 from functools import cached_property, partial
 
 import torch
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision_transformer, vision_transformer_relpos
 from timm.models.convmixer import Residual
 from torch import nn
 from torch.nn import functional as F
-
-try:
-    from timm.layers.attention import AttentionRope
-except ImportError:  # an older timm has no model with it
-    AttentionRope = None
 
 
 class Transform(Enum):
@@ -40,15 +35,8 @@ class UnsupportedPart(Exception):
     """A block, an attention or an MLP for which there is no entry."""
 
 
-class _Shared:
-    """Something that never changes: a copy of a network shares it."""
-
-    def __deepcopy__(self, memo):
-        return self
-
-
 @dataclass(frozen=True)
-class Layer(_Shared):
+class Layer:
     """How the width of a branch shows in one of its layers.
 
     The layer's entries are ``groups`` runs of the full width, e.g. q, k, v x heads. Cutting to k keeps the first k of
@@ -66,7 +54,7 @@ class Layer(_Shared):
 
 
 @dataclass(frozen=True)
-class Part(_Shared):
+class Part:
     """What may be cut of one attention or MLP module.
 
     width: the full width, d per head or M hidden units.
@@ -87,6 +75,9 @@ class Part(_Shared):
     def can(self, transform):
         return transform not in self.left_out
 
+    def set_width(self, module, width):
+        """Tell a timm module its width: most do not know it."""
+
 
 @dataclass(frozen=True)
 class AttentionPart(Part):
@@ -99,15 +90,17 @@ class AttentionPart(Part):
     keys: bool = True
     separate: bool = False
 
-    def attributes(self, width):
-        """{name: value} of what timm's modules remember of their head width. Not every class has all of them.
+    def set_width(self, module, width):
+        """Tell a timm module its head width.
 
         The scale is timm's 1 / sqrt(k); ``supernet.scale_queries`` makes up for its difference from 1 / sqrt(d). Where
         v alone is narrower, timm's forward is made to call ``qkv`` in place of reading its weight.
         """
-        if not self.keys:
-            return {"qkv_bias_separate": self.separate or width < self.width}
-        return {"head_dim": width, "attn_dim": self.heads * width, "scale": width**-0.5}
+        told = {"head_dim": width, "attn_dim": self.heads * width, "scale": width**-0.5}
+        told = told if self.keys else {"qkv_bias_separate": self.separate or width < self.width}
+        for name, value in told.items():
+            if hasattr(module, name):  # not every class has all of them
+                setattr(module, name, value)
 
 
 @dataclass(frozen=True)
@@ -118,9 +111,6 @@ class MlpPart(Part):
     inputs: tuple[str, ...] = ("fc1",)
     hidden: Callable = None
     gated: bool = False
-
-    def attributes(self, width):
-        return {}
 
 
 @dataclass(frozen=True)
@@ -145,10 +135,8 @@ def _acts(module, name):
 
 
 def _attention(module, only_v=None):
-    """q, k, v, softmax(anything that v has no part in) v, then proj.
-
-    only_v: why q and k are not cut, in a class whose forward has one width for q, k and v; v is padded there.
-    """
+    """q, k, v, softmax(anything that v has no part in) v, then proj. only_v: why q and k are not cut, in a class whose
+    forward has one width for q, k and v; v is padded there."""
     heads = module.num_heads
     inputs = ("qkv",) if getattr(module, "qkv", None) is not None else ("q_proj", "k_proj", "v_proj")
     width = module.proj.in_features // heads
@@ -200,9 +188,8 @@ ATTENTION = {
     eva.EvaAttention: _rotary_attention,
     swin_transformer_v2.WindowAttention: _cosine_attention,
     vision_transformer_relpos.RelPosAttention: _biased_attention,
+    AttentionRope: _rotary_attention,
 }
-if AttentionRope:
-    ATTENTION[AttentionRope] = _rotary_attention
 
 
 # ------------------------------------------------------------------------------------------ MLPs
@@ -291,9 +278,8 @@ class Branch:
     """
 
     def __init__(self, path, block, name):
-        number = {"attn": 1, "mlp": 2}[name]
-        self.path, self.block, self.name, self.gamma = path, block, name, f"gamma_{number}"
-        self._norm, self._ls, self._drop_path = (f"{helper}{number}" for helper in ("norm", "ls", "drop_path"))
+        self.path, self.block, self.name, self.number = path, block, name, {"attn": 1, "mlp": 2}[name]
+        self.gamma = f"gamma_{self.number}"
 
     def __str__(self):
         return f"{self.path}.{self.name}"
@@ -306,22 +292,22 @@ class Branch:
 
     @property
     def norm(self):
-        return getattr(self.block, self._norm)
+        return getattr(self.block, f"norm{self.number}")
 
     @property
     def drop_path(self):
-        return getattr(self.block, self._drop_path)
+        return getattr(self.block, f"drop_path{self.number}")
 
     @property
     def helpers(self):
         """{name: module} of norm, LayerScale and DropPath, in this order, those that the block has."""
-        names = (self._norm, self._ls, self._drop_path)
+        names = [f"{helper}{self.number}" for helper in ("norm", "ls", "drop_path")]
         return {name: getattr(self.block, name) for name in names if hasattr(self.block, name)}
 
     @property
     def scale(self):
         """The LayerScale, [D], or 1.0 if there is none."""
-        gamma = getattr(getattr(self.block, self._ls, None), "gamma", None)
+        gamma = getattr(getattr(self.block, f"ls{self.number}", None), "gamma", None)
         gamma = self.block._parameters.get(self.gamma) if gamma is None else gamma
         return 1.0 if gamma is None else gamma.detach()
 
@@ -372,17 +358,14 @@ def narrow(network, attn, mlp):
     A width of 0 removes the branch. The layers that are cut are new, on the default device, and not initialised; the
     others stay. Raises ValueError if a width is not possible.
     """
-    blocks = named_blocks(network)
-    for (path, block), *widths in zip(blocks, attn, mlp, strict=True):
-        network.set_submodule(path, narrow_block(path, block, *widths))
+    for (path, block), *widths in zip(named_blocks(network), attn, mlp, strict=True):
+        network.set_submodule(path, _narrow_block(path, block, *widths))
 
 
-def narrow_block(path, block, attn_width, mlp_width):
-    """What stands for one stock block, made of its own modules.
-
-    That is the block, with ``ZeroBranch`` for a removed branch; timm's Residual around norm and branch, if the only
-    branch left is self-contained; an Identity, if no branch is left in a block with self-contained branches.
-    """
+def _narrow_block(path, block, attn_width, mlp_width):
+    """What stands for one stock block: the block, with ``ZeroBranch`` for a removed branch; timm's Residual around norm
+    and branch, if the only branch left is self-contained; an Identity, if no branch is left in a block with
+    self-contained branches."""
     branches = [(Branch(path, block, "attn"), attn_width), (Branch(path, block, "mlp"), mlp_width)]
     left = [branch for branch, width in branches if width]
     for branch, width in branches:
@@ -411,9 +394,7 @@ def _narrow_module(branch, width):
         )
     for layer, full in branch.layers:
         setattr(module, layer.name, _resized(full, layer, width, part.width))
-    for name, value in part.attributes(width).items():
-        if hasattr(module, name):
-            setattr(module, name, value)
+    part.set_width(module, width)
 
 
 def _resized(full, layer, width, full_width):

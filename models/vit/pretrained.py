@@ -62,7 +62,9 @@ class ModelSpec:
         except (TypeError, ValueError, AssertionError) as error:
             if pretrained:
                 raise
-            self._check_supported_at_its_own_size()
+            _, at_own_size = replace(self, img_size=None).timm_call()
+            with torch.device("meta"):  # what cannot be cut at any size is told so, and not that its size is wrong
+                _check_supported(timm.create_model(timm_name, **at_own_size), self.name)
             if self.img_size is None:
                 raise ModelError(f"{self.name}: timm does not build it ({first_line(error)})") from None
             raise SizeError(f"{self.img_size}: timm does not build {self.name} ({first_line(error)})") from None
@@ -79,12 +81,6 @@ class ModelSpec:
             return None
         smaller = self.name.replace(size[2], {"base": "small", "small": "tiny"}[size[2]], 1)
         return replace(self, name=smaller) if smaller in ALIASES or timm.is_model(smaller) else None
-
-    def _check_supported_at_its_own_size(self):
-        """What cannot be cut at any size is to be told so, and not that its size is wrong."""
-        timm_name, fixed = ALIASES.get(self.name, (self.name, {}))
-        with torch.device("meta"):
-            _check_supported(timm.create_model(timm_name, **fixed), self.name)
 
 
 def check_known(name):
@@ -221,24 +217,22 @@ def load_weights(model, state, source, replace_head=False):
     """
     own, given, remarks = model.state_dict(), state, []
     # Weights that fit are left alone: timm's filters guess at older layouts, and a missing classifier misleads some.
-    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
+    if _shapes(state) != _shapes(own):
         try:
             state = _timms_filter(model)(dict(state), model)
         except Exception as error:  # the filter reshapes by name: another network's tensors raise anything
             raise InputError(f"{source}: does not fit the model ({type(error).__name__}: {error})") from None
     head, own_head = ({n: v for n, v in s.items() if n.startswith(("head.", "head_dist."))} for s in (state, own))
-    if replace_head and {n: v.shape for n, v in head.items()} != {n: v.shape for n, v in own_head.items()}:
+    if replace_head and _shapes(head) != _shapes(own_head):
         was = f"has {classes_of(head)} classes" if classes_of(head) else "is not there"
         now = f"replaced by a new one for {model.num_classes}" if own_head else "left out"
         remarks.append(f"the classifier of {source} {was}: {now}")
         state = {name: value for name, value in state.items() if name not in head} | own_head
-    wrong = [
-        f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    wrong += [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is unknown to the model" for name in state if name not in own]
+    there, here = _shapes(state), _shapes(own)
+    both = [name for name in here if name in there]
+    wrong = [f"{n} is {there[n]} there and {here[n]} in the model" for n in both if there[n] != here[n]]
+    wrong += [f"{name} is missing" for name in here if name not in there]
+    wrong += [f"{name} is unknown to the model" for name in there if name not in here]
     if wrong:
         more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
         raise InputError(f"{source}: does not fit the model: {'; '.join(wrong[:2])}{more}{_owner(given)}")
@@ -249,13 +243,17 @@ def load_weights(model, state, source, replace_head=False):
     return remarks
 
 
+def _shapes(state):
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
 def _owner(state):
     """Of which alias the weights are, in words; nothing if of none."""
     for name in ALIASES:
         with torch.device("meta"):
             own = ModelSpec(name, classes_of(state)).build().state_dict()
-        shapes, expected = ({n: v.shape for n, v in s.items() if n != "pos_embed"} for s in (state, own))
-        if shapes == expected:
+        any_size = {"pos_embed": None}  # of images
+        if _shapes(own) | any_size == _shapes(state) | any_size:
             return f"; these are weights of {name}"
     return ""
 

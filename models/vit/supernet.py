@@ -30,10 +30,8 @@ from utils import InputError
 
 
 class Prefix:
-    """What the three layers below share: of every group of ``width`` entries the first ``kept`` take part.
-
-    layer: the Layer of ``families`` that says which entries form a group.
-    """
+    """What the three layers below share: of every group of ``width`` entries the first ``kept`` take part. layer: the
+    Layer of ``families`` that says which entries form a group."""
 
     def prefix(self, name):
         """The slice: the part of parameter ``name`` that takes part, differentiable in all of the parameter."""
@@ -95,10 +93,8 @@ PREFIX_CLASSES = {cls.stock: cls for cls in (PrefixLinear, PrefixLayerNorm, Pref
 
 
 class Switched:
-    """A module that can be switched off, by ``on``.
-
-    Off, attention and MLP return zeros; norms, LayerScale and DropPath return their input.
-    """
+    """A module that can be switched off, by ``on``. Off, attention and MLP return zeros; norms, LayerScale and DropPath
+    return their input."""
 
     def forward(self, x, *args, **kwargs):
         if self.on:
@@ -108,16 +104,6 @@ class Switched:
     def extra_repr(self):
         return ", ".join(filter(None, (super().extra_repr(), "" if self.on else "off")))
 
-    def __reduce__(self):
-        return _without_state, (_switched, type(self).stock), self.__dict__
-
-
-@cache
-def _switched(stock):
-    """The class of a timm module ``stock`` that can be switched off: SwitchedAttention, SwitchedMlp, ..."""
-    members = {"stock": stock, "returns_zeros": stock in ATTENTION or stock in MLPS}
-    return type(f"Switched{stock.__name__}", (Switched, stock), members)
-
 
 class SwitchedBlock:
     """A block that has LayerScales as its own parameters ``gamma_1`` and ``gamma_2``. It does not scale a branch that
@@ -126,18 +112,21 @@ class SwitchedBlock:
     gamma_1 = property(lambda block: block._parameters["gamma_1"] if block.attn.on else 1.0)
     gamma_2 = property(lambda block: block._parameters["gamma_2"] if block.mlp.on else 1.0)
 
-    def __reduce__(self):
-        return _without_state, (_switched_block, type(self).stock), self.__dict__
-
 
 @cache
-def _switched_block(stock):
-    return type(f"Switched{stock.__name__}", (SwitchedBlock, stock), {"stock": stock})
+def _switched(mixin, stock):
+    """The class of a timm module ``stock`` with Switched or SwitchedBlock: SwitchedAttention, SwitchedMlp, ..."""
+    members = {
+        "stock": stock,
+        "returns_zeros": stock in ATTENTION or stock in MLPS,
+        "__reduce__": lambda module: (_without_state, (mixin, stock), module.__dict__),
+    }
+    return type(f"Switched{stock.__name__}", (mixin, stock), members)
 
 
-def _without_state(make_class, stock):
+def _without_state(mixin, stock):
     """For pickle, which cannot name a class that is made at run time."""
-    cls = make_class(stock)
+    cls = _switched(mixin, stock)
     return cls.__new__(cls)
 
 
@@ -172,9 +161,8 @@ class PrefixBranch(Branch):
             module.on = width > 0
         for _, module in self.layers:
             module.kept = width or self.full
-        for name, value in self.part.attributes(width).items() if width else ():
-            if hasattr(self.module, name):
-                setattr(self.module, name, value)
+        if width:
+            self.part.set_width(self.module, width)
 
 
 def branches(supernet):
@@ -207,14 +195,16 @@ def set_widths(supernet, widths):
 @contextmanager
 def at_widths(supernet, widths):
     """Set the widths for the body of a ``with`` statement; afterwards, or after an error, those before hold again."""
-    own = branches(supernet)
-    before = [branch.width for branch in own]
+    before = current_widths(supernet)
     set_widths(supernet, widths)
     try:
         yield supernet
     finally:
-        for branch, width in zip(own, before, strict=True):
-            branch.keep(width)
+        set_widths(supernet, before)
+
+
+_NAMES = ", ".join(cls.__name__ for cls in MODELS)
+SUPPORTED = f"supported are timm's {_NAMES}, of the parts that 'python -m models' lists"
 
 
 def check_supported(model):
@@ -225,26 +215,18 @@ def check_supported(model):
     if not isinstance(model, MODELS) or not blocks:
         own = sorted({type(module).__name__ for module in model.modules() if "Block" in type(module).__name__})
         of = f" of {', '.join(own[:3])}" if own else ""
-        raise InputError(f"a {kind}{of} cannot be cut; {supported()}")
+        raise InputError(f"a {kind}{of} cannot be cut; {SUPPORTED}")
     try:
         layers = [type(module) for branch in stock_branches(model) for _, module in branch.layers]
     except UnsupportedPart as error:
-        raise InputError(f"the blocks of this {kind} have {error}; {supported()}") from None
+        raise InputError(f"the blocks of this {kind} have {error}; {SUPPORTED}") from None
     for cls in set(layers) - set(PREFIX_CLASSES):
-        raise InputError(f"the blocks of this {kind} have a {cls.__name__} that cannot be cut; {supported()}")
-
-
-def supported():
-    """What can be cut, in one line."""
-    names = ", ".join(cls.__name__ for cls in MODELS)
-    return f"supported are timm's {names}, of the parts that 'python -m models' lists"
+        raise InputError(f"the blocks of this {kind} have a {cls.__name__} that cannot be cut; {SUPPORTED}")
 
 
 def as_supernet(model):
-    """Make a timm model a super-network, in place, at its full widths; parameters and names stay.
-
-    Raises InputError as ``check_supported``.
-    """
+    """Make a timm model a super-network, in place, at its full widths; parameters and names stay. Raises InputError as
+    ``check_supported``."""
     check_supported(model)
     for branch in stock_branches(model):
         branch.module.part = branch.part
@@ -252,18 +234,16 @@ def as_supernet(model):
             module.__class__ = PREFIX_CLASSES[type(module)]
             module.layer, module.width = layer, branch.part.width
         for module in (branch.module, *branch.helpers.values()):
-            module.__class__ = _switched(type(module))
+            module.__class__ = _switched(Switched, type(module))
         if branch.block._parameters.get(branch.gamma) is not None and type(branch.block) in BLOCKS:
-            branch.block.__class__ = _switched_block(type(branch.block))
-    for branch in branches(model):
-        branch.keep(branch.full)
+            branch.block.__class__ = _switched(SwitchedBlock, type(branch.block))
+    set_widths(model, full_widths(model))
     return model
 
 
 def as_stock(supernet):
     """Undo ``as_supernet``, in place."""
-    for branch in branches(supernet):
-        branch.keep(branch.full)
+    set_widths(supernet, full_widths(supernet))
     for module in supernet.modules():
         if isinstance(module, (Prefix, Switched, SwitchedBlock)):
             module.__class__ = type(module).stock
@@ -273,10 +253,8 @@ def as_stock(supernet):
 
 
 class Replay(nn.Module):
-    """Stands in for a block, so that blocks whose result is known are not computed again.
-
-    Its input is replaced by ``activation`` if there is one, then goes through ``block`` if there is one.
-    """
+    """Stands in for a block, so that blocks whose result is known are not computed again. Its input is replaced by
+    ``activation`` if there is one, then goes through ``block`` if there is one."""
 
     def __init__(self, activation=None, block=None):
         super().__init__()

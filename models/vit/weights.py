@@ -57,11 +57,8 @@ def as_safetensors(state, **metadata):
 
 
 def read_safetensors(path):
-    """(dict of tensors, metadata) of a .safetensors file.
-
-    Raises ValueError if it is not there, damaged, or if its tensors are not those of its checksum; not every file has
-    one.
-    """
+    """(dict of tensors, metadata) of a .safetensors file. Raises ValueError if it is not there, damaged, or if its
+    tensors are not those of its checksum; not every file has one."""
     if not Path(path).is_file():
         raise ValueError("no such file")
     try:

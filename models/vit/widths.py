@@ -7,10 +7,8 @@ BRANCH_NAMES = ("attn", "mlp")
 
 @dataclass(frozen=True)
 class Widths:
-    """What one sub-network keeps: ``attn[b]`` dimensions of every head and ``mlp[b]`` hidden units of block b.
-
-    A width of 0 means that the branch is gone.
-    """
+    """What one sub-network keeps: ``attn[b]`` dimensions of every head and ``mlp[b]`` hidden units of block b. 0: the
+    branch is gone."""
 
     attn: tuple[int, ...]
     mlp: tuple[int, ...]

@@ -16,10 +16,8 @@ GREEDY_TAIL = 1e-3
 
 
 def symmetric_power(matrix, power):
-    """matrix^power for symmetric positive semi-definite [..., d, d], eigenvalues clamped from below.
-
-    A matrix that is zero (a dead head) counts as the identity, so that its basis is still invertible.
-    """
+    """matrix^power for symmetric positive semi-definite [..., d, d], eigenvalues clamped from below. A matrix that is
+    zero (a dead head) counts as the identity, so that its basis is still invertible."""
     values, vectors = torch.linalg.eigh(matrix)
     largest = values[..., -1:]
     values = torch.where(largest > 0, values.clamp(min=EIGENVALUE_FLOOR * largest), torch.ones_like(values))
@@ -87,10 +85,8 @@ def equalising_scale(first, second):
 
 
 def factorise(covariance):
-    """Lower triangular F with F F^T = C + ridge, for a covariance C [n, n]. Raises InputError if C is not finite.
-
-    The ridge starts at RIDGE and grows tenfold until the factorisation exists.
-    """
+    """Lower triangular F with F F^T = C + ridge, for a covariance C [n, n]; the ridge starts at RIDGE and grows tenfold
+    until F exists. Raises InputError if C is not finite."""
     if not torch.isfinite(covariance).all():
         raise InputError("the hidden activations of an MLP are NaN or infinite on the proxy set")
     ridge = _ridge(covariance)

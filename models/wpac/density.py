@@ -1,9 +1,9 @@
 """How much of the expected loss the first dimensions of a branch hold, before and after stage 1 has rewritten it."""
 
 import torch
-from einops import rearrange
 
 from models.vit.supernet import branches
+from models.wpac.rewrite import head_columns
 
 
 @torch.no_grad()
@@ -20,13 +20,13 @@ def densities(supernet, statistics, rewrites):
 
 def _losses(branch, sums, rewrite):
     """[rows, width, width] before and after: what sums to the loss. The branch's weights are rewritten already."""
-    weight, gram = branch.output.weight.double(), sums.mean_gram
+    gram = sums.mean_gram
     if branch.name == "mlp":
-        order = rewrite.order
+        weight, order = branch.output.weight.double(), rewrite.order
         loss = (weight.mT @ gram @ weight) * sums.hidden.second_moment[0][order][:, order]
         back = order.argsort()
         return loss[None, back][:, :, back], loss[None]
-    after, maps = rearrange(weight, "c (h d) -> h c d", h=branch.part.heads), rewrite.maps
+    after, maps = head_columns(branch.output, branch.part.heads), rewrite.maps
     before, moment = after @ maps, maps @ sums.grad_z.about(rewrite.shift) @ maps.mT
     losses = [before.mT @ gram @ before * sums.grad_z.second_moment, after.mT @ gram @ after * moment]
     if branch.part.keys:

@@ -5,31 +5,46 @@ import torch
 import utils
 
 
-class SymmetricSum:
+def zeros(*shape, device):
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+class Sums:
+    """Sums over tokens: every member is a tensor, Sums itself, or None."""
+
+    def all_reduce(self):
+        """Sum over ranks, in place."""
+        for name, value in vars(self).items():
+            if isinstance(value, Sums):
+                value.all_reduce()
+            elif value is not None:
+                setattr(self, name, utils.all_reduce_sum(value))
+
+
+class SymmetricSum(Sums):
     """Running sum of x x^T over tokens, for G groups of d dimensions, float64. Holds only blocks up to the diagonal."""
 
     SIZE = 32
 
     def __init__(self, groups, width, device):
-        self.rows = [
-            torch.zeros(
-                groups, min(self.SIZE, width - i), min(i + self.SIZE, width), dtype=torch.float64, device=device
-            )
-            for i in range(0, width, self.SIZE)
-        ]
-        self.shape = (groups, width, width)
+        self.rows = []  # entries [start:end, :end] of the sum, for every SIZE of its rows
+        for start in range(0, width, self.SIZE):
+            end = min(start + self.SIZE, width)
+            self.rows.append(zeros(groups, end - start, end, device=device))
 
     def add(self, x):
         """x: [G, n, d], float64."""
-        for i, row in enumerate(self.rows):
-            start, end = i * self.SIZE, i * self.SIZE + row.shape[1]
-            row.baddbmm_(x[..., start:end].mT, x[..., :end])
+        for row in self.rows:
+            height, end = row.shape[1:]
+            row.baddbmm_(x[..., end - height : end].mT, x[..., :end])
 
     def dense(self):
         """The sum, [G, d, d]."""
-        dense = self.rows[0].new_zeros(self.shape) if self.rows else torch.zeros(self.shape, dtype=torch.float64)
-        for i, row in enumerate(self.rows):
-            start, end = i * self.SIZE, i * self.SIZE + row.shape[1]
+        groups, _, width = self.rows[-1].shape
+        dense = zeros(groups, width, width, device=self.rows[-1].device)
+        for row in self.rows:
+            height, end = row.shape[1:]
+            start = end - height
             dense[:, start:end, :end] = row
             dense[:, :start, start:end] = row[..., :start].mT
         return dense
@@ -38,19 +53,14 @@ class SymmetricSum:
         self.rows = [utils.all_reduce_sum(row) for row in self.rows]
 
 
-class Moments:
-    """Running sums of vectors x with token weights w: S0 = sum w, S1 = sum w x, S2 = sum w x x^T.
-
-    They are kept for G groups of d dimensions, in float64. ``count`` and ``total``, the sums without weights, give the
-    mean.
-    """
+class Moments(Sums):
+    """Running sums of vectors x with token weights w, S0 = sum w, S1 = sum w x, S2 = sum w x x^T, for G groups of d
+    dimensions, in float64. ``count`` and ``total``, the sums without weights, give the mean."""
 
     def __init__(self, groups, width, device):
-        def zeros(*shape):
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self.count, self.total = zeros(), zeros(groups, width)
-        self.s0, self.s1, self.s2 = zeros(groups), zeros(groups, width), SymmetricSum(groups, width, device)
+        self.count, self.total = zeros(device=device), zeros(groups, width, device=device)
+        self.s0, self.s1 = zeros(groups, device=device), zeros(groups, width, device=device)
+        self.s2 = SymmetricSum(groups, width, device)
 
     def add(self, x, weight):
         """x: [G, n, d]; weight: [G, n], not negative; both float64."""
@@ -87,8 +97,3 @@ class Moments:
         for first, second in ((self.s1, center), (center, self.s1), (-self.s0[:, None] * center, center)):
             moment.baddbmm_(first.unsqueeze(2), second.unsqueeze(1), alpha=-1)
         return moment.div_(self.s0.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None])
-
-    def all_reduce(self):
-        for name in ("count", "total", "s0", "s1"):
-            setattr(self, name, utils.all_reduce_sum(getattr(self, name)))
-        self.s2.all_reduce()

@@ -61,20 +61,18 @@ def reparameterise(supernet, statistics, basis="balanced", mlp_order="taylor", u
 def _rewrite_mlp(branch, sums, order_by, untouched):
     if untouched:
         return MlpRewrite(torch.arange(branch.full, device=sums.taylor.device))
-    if order_by == "greedy" and not branch.part.can(Transform.COMPENSATION):
-        order_by = "taylor"
-    order = hidden_order(branch.output, sums, order_by)
+    order = hidden_order(branch, sums, order_by)
     for layer, module in branch.layers:
         _permute(module, layer, order)
     return MlpRewrite(order)
 
 
-def hidden_order(output, sums, order_by):
-    """The permutation [M] of an MLP's hidden units, most important first. output: its last Linear."""
-    if order_by == "greedy":
-        covariance, weight = sums.hidden.about(sums.hidden.weighted_mean)[0], output.weight.detach().double()
+def hidden_order(branch, sums, order_by):
+    """The permutation [M] of an MLP's hidden units, most important first. order_by: as in ``reparameterise``."""
+    if order_by == "greedy" and branch.part.can(Transform.COMPENSATION):
+        covariance, weight = sums.hidden.about(sums.hidden.weighted_mean)[0], branch.output.weight.detach().double()
         return bases.greedy_order(covariance, weight, sums.mean_gram, sums.taylor)
-    importance = {"taylor": sums.taylor, "hessian": sums.hessian}[order_by]
+    importance = sums.hessian if order_by == "hessian" else sums.taylor
     return importance.argsort(descending=True, stable=True)
 
 
@@ -91,8 +89,8 @@ def _permute(module, layer, order, groups=slice(None)):
 
 
 def _rewrite_attention(branch, sums, basis, untouched):
-    proj, mean_z = branch.output, sums.grad_z.mean
-    columns = rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=branch.part.heads)
+    proj, mean_z, map_q = branch.output, sums.grad_z.mean, None
+    columns = head_columns(proj, branch.part.heads)
     mean = torch.einsum("hcd,hd->c", columns, mean_z)
     mean = mean if proj.bias is None else mean + proj.bias.detach().double()
     identity = torch.eye(branch.full).to(mean_z).expand(len(mean_z), -1, -1)
@@ -101,31 +99,34 @@ def _rewrite_attention(branch, sums, basis, untouched):
         # With all dimensions of a head their correlations are lost too.
         rewrite.lost = (columns.mT @ sums.mean_gram @ columns * sums.grad_z.covariance).sum((0, 1))
         return rewrite
-    if untouched:
-        rewrite.lost = _lost_with_queries(sums) if branch.part.keys else rewrite.lost
-        return rewrite
-    weights = HeadWeights(branch)
-    solve = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
-    rewrite.maps, rewrite.shift, *turn = solve(weights, sums)
-    weights.write()
+    if not untouched:
+        weights = HeadWeights(branch)
+        solve = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
+        rewrite.maps, rewrite.shift, map_q = solve(weights, sums)
+        weights.write()
     if branch.part.keys:
-        rewrite.lost = _lost_with_queries(sums, *turn)
-        if not weights.can_turn_keys:
+        rewrite.lost = _lost_with_queries(sums, map_q)
+        if map_q is None and not untouched:
             rewrite.lost = rewrite.lost[_permute_queries_and_keys(branch, sums)]
     return rewrite
 
 
-def _lost_with_queries(sums, turn=None):
+def head_columns(proj, heads):
+    """W_o by head, [H, D, d], float64."""
+    return rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=heads)
+
+
+def _lost_with_queries(sums, map_q):
     """What the objective is expected to lose with each dimension of q and k, summed over heads, [d].
 
-    turn: the map of q, [H, d, d], if it is turned. Dropping a dimension of q changes the objective by -g f, to first
+    map_q: the map of q, [H, d, d], if there is one. Dropping a dimension of q changes the objective by -g f, to first
     order, and dropping it of k changes it no further. E[(g f)^2] is measured in the old basis; in the new one it is
     taken for E[g^2] E[f^2].
     """
-    if turn is None:
+    if map_q is None:
         return sums.hessian[0].sum(0) / sums.tokens
-    inverse = torch.linalg.inv(turn)
-    features = turn @ sums.grad_q.second_moment @ turn.mT
+    inverse = torch.linalg.inv(map_q)
+    features = map_q @ sums.grad_q.second_moment @ map_q.mT
     gradients = inverse.mT @ (sums.gram_q.dense() / sums.tokens) @ inverse
     return (features * gradients).diagonal(dim1=-2, dim2=-1).sum(0)
 
@@ -133,96 +134,81 @@ def _lost_with_queries(sums, turn=None):
 class HeadWeights:
     """Float64 copies of one attention module's weights by head, with zeros for biases that it does not have.
 
-    q, k, v: [H, d, D]; q_bias, k_bias, v_bias: [H, d]; proj: [H, D, d]; proj_bias: [D].
+    q, k, v: [H, d, D + 1], the bias in the last column, so that a map of q, k or v is one product; proj: [H, D, d];
+    proj_bias: [D].
     """
 
     def __init__(self, branch):
-        self.attn, self.heads = branch.module, branch.part.heads
+        self.proj_layer, heads = branch.output, branch.part.heads
         self.can_fold = branch.part.can(Transform.MEAN_FOLDING)
-        self.can_turn_keys = branch.part.can(Transform.QK_BASIS)
-        proj, self.parameters = self.attn.proj, _parameters_of(self.attn, branch.part.inputs)
-        for name in "qkv":
-            weight, bias = self.parameters[name], self.parameters.get(f"{name}_bias")
-            setattr(self, name, rearrange(weight.double(), "(h d) c -> h d c", h=self.heads))
-            zeros = torch.zeros_like(getattr(self, name)[..., 0])
-            setattr(self, f"{name}_bias", zeros if bias is None else bias.double().view_as(zeros))
-        self.proj = rearrange(proj.weight.detach().double(), "c (h d) -> h c d", h=self.heads)
-        self.proj_bias = torch.zeros_like(self.proj[0, :, 0]) if proj.bias is None else proj.bias.detach().double()
+        self.can_map_keys = branch.part.can(Transform.QK_BASIS)
+        self.parameters = _query_key_value(branch.module, branch.part.inputs)
+        for name, (weight, bias) in self.parameters.items():
+            bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
+            rows = torch.cat((weight, bias[:, None]), 1).double()
+            setattr(self, name, rearrange(rows, "(h d) c -> h d c", h=heads))
+        self.proj = head_columns(self.proj_layer, heads)
+        bias = self.proj_layer.bias
+        self.proj_bias = torch.zeros_like(self.proj[0, :, 0]) if bias is None else bias.detach().double()
 
     @torch.no_grad()
     def write(self):
         """Copy back, in the module's own dtype."""
-        proj = self.attn.proj
-        for name, parameter in self.parameters.items():
-            parameter.copy_(getattr(self, name).flatten(0, 1))
-        proj.weight.copy_(rearrange(self.proj, "h c d -> c (h d)"))
-        if proj.bias is not None:
-            proj.bias.copy_(self.proj_bias)
-
-    def map(self, name, matrix):
-        """q, k or v <- matrix @ it, weights and bias; matrix: [H, d, d]."""
-        setattr(self, name, matrix @ getattr(self, name))
-        setattr(self, f"{name}_bias", (matrix @ getattr(self, f"{name}_bias").unsqueeze(-1)).squeeze(-1))
-
-    def scale(self, name, factor):
-        """q, k or v <- factor * it, weights and bias; factor: [H, d]."""
-        setattr(self, name, getattr(self, name) * factor.unsqueeze(-1))
-        setattr(self, f"{name}_bias", getattr(self, f"{name}_bias") * factor)
-
-    def rows(self, name):
-        """Weights and bias of q, k or v side by side, [H, d, D + 1]."""
-        return torch.cat((getattr(self, name), getattr(self, f"{name}_bias").unsqueeze(-1)), dim=-1)
+        for name, (weight, bias) in self.parameters.items():
+            rows = getattr(self, name).flatten(0, 1)
+            weight.copy_(rows[:, :-1])
+            if bias is not None:
+                bias.copy_(rows[:, -1])
+        self.proj_layer.weight.copy_(rearrange(self.proj, "h c d -> c (h d)"))
+        if self.proj_layer.bias is not None:
+            self.proj_layer.bias.copy_(self.proj_bias)
 
 
-def _parameters_of(attn, inputs):
-    """{'q', 'k', 'v': weight [H d, D], 'q_bias', ...: bias [H d], if there is one}, views of an attention's parameters.
-    inputs: of AttentionPart."""
-    layers, found = [getattr(attn, name) for name in inputs], {}
-    for index, name in enumerate("qkv"):
-        layer, separate = layers[index % len(layers)], getattr(attn, f"{name}_bias", None)
-        for key, rows in ((name, layer.weight), (f"{name}_bias", layer.bias)):
-            if rows is not None:
-                found[key] = rows.detach().chunk(3 // len(layers))[index // len(layers)]
-        if separate is not None:
-            found[f"{name}_bias"] = separate.detach()
-    return found
+def _query_key_value(attention, inputs):
+    """{'q', 'k', 'v': (weight [H d, D], bias [H d] or None)}, views of the parameters. inputs: of AttentionPart."""
+    parts, weights, biases = 3 // len(inputs), [], []
+    for layer in (getattr(attention, name) for name in inputs):
+        weights += layer.weight.detach().chunk(parts)
+        biases += [None] * parts if layer.bias is None else layer.bias.detach().chunk(parts)
+    apart = [getattr(attention, f"{name}_bias", None) for name in "qkv"]  # some classes keep biases beside the layer
+    biases = [bias if own is None else own.detach() for bias, own in zip(biases, apart, strict=True)]
+    return dict(zip("qkv", zip(weights, biases, strict=True), strict=True))
 
 
 def _rewrite_pca(weights, sums):
     """The paper's basis (WPAC): orthogonal, one for v and o, one shared by q and k.
 
-    Returns maps and shift of z, and the map of q if it is turned.
-
     W_v <- U^T W_v, b_v <- U^T b_v, W_o <- W_o U, and the same for q and k with the basis of Sigma_q + Sigma_k.
+    Returns maps and shift of z, and the map of q, [H, d, d], or None if q and k stay.
     """
     basis_v = bases.pca_basis(sums.theta_v.covariance)
-    weights.map("v", basis_v.mT)
-    weights.proj = weights.proj @ basis_v
-    turned = basis_v.mT, torch.zeros_like(sums.grad_z.mean)
-    if not weights.can_turn_keys:
-        return turned
-    # covariance is divided by sum theta, of which the sum of both must have none.
-    basis_qk = bases.pca_basis(sum(m.covariance * m.s0[:, None, None] for m in (sums.theta_q, sums.theta_k)))
-    weights.map("q", basis_qk.mT)
-    weights.map("k", basis_qk.mT)
-    return *turned, basis_qk.mT
+    weights.v, weights.proj = basis_v.mT @ weights.v, weights.proj @ basis_v
+    map_q = None
+    if weights.can_map_keys:
+        # covariance is divided by sum theta, of which the sum of both must have none.
+        map_q = bases.pca_basis(sum(m.covariance * m.s0[:, None, None] for m in (sums.theta_q, sums.theta_k))).mT
+        weights.q, weights.k = map_q @ weights.q, map_q @ weights.k
+    return basis_v.mT, torch.zeros_like(sums.grad_z.mean), map_q
 
 
 def _rewrite_balanced(weights, sums):
     """Our basis: mean folding, output-aware V/O basis, balanced Q/K basis. Returns what ``_rewrite_pca`` does."""
-    mean_z = sums.grad_z.mean
-    if weights.can_fold:
-        _fold_means(weights, sums)
+    shift, map_q = torch.zeros_like(sums.grad_z.mean), None
     # A mean that cannot be folded, for want of a bias, is lost with the dimensions that carry it: it counts as signal.
-    covariance_z = sums.grad_z.covariance if weights.can_fold else sums.grad_z.second_moment
-    to, back = bases.output_basis(covariance_z, sums.mean_gram, weights.proj)
-    weights.map("v", to)
-    weights.proj = weights.proj @ back
-    scale = bases.equalising_scale(weights.rows("v"), weights.proj.mT)
-    weights.scale("v", scale)
-    weights.proj = weights.proj / scale.unsqueeze(1)
-    turned = scale.unsqueeze(-1) * to, mean_z if weights.can_fold else torch.zeros_like(mean_z)
-    return (*turned, _balance_queries_and_keys(weights, sums)) if weights.can_turn_keys else turned
+    moment_z = sums.grad_z.second_moment
+    if weights.can_fold:
+        shift, moment_z = sums.grad_z.mean, sums.grad_z.covariance
+        _fold_means(weights, sums)
+    map_v, map_o = bases.output_basis(moment_z, sums.mean_gram, weights.proj)
+    v, proj = map_v @ weights.v, weights.proj @ map_o
+    scale_v = bases.equalising_scale(v, proj.mT).unsqueeze(-1)
+    weights.v, weights.proj = scale_v * v, proj / scale_v.mT
+    if weights.can_map_keys:
+        map_q, map_k = bases.query_key_basis(sums.grad_q.second_moment, sums.grad_k.second_moment)
+        q, k = map_q @ weights.q, map_k @ weights.k
+        scale_q = bases.equalising_scale(q, k).unsqueeze(-1)
+        weights.q, weights.k, map_q = scale_q * q, k / scale_q, scale_q * map_q
+    return scale_v * map_v, shift, map_q
 
 
 def _fold_means(weights, sums):
@@ -233,27 +219,14 @@ def _fold_means(weights, sums):
     """
     mean_z = sums.grad_z.mean
     weights.proj_bias = weights.proj_bias + torch.einsum("hcd,hd->c", weights.proj, mean_z)
-    weights.v_bias = weights.v_bias - mean_z
-    if weights.can_turn_keys:
-        weights.k_bias = weights.k_bias - sums.theta_k.mean
-
-
-def _balance_queries_and_keys(weights, sums):
-    """Returns the map of q, [H, d, d]."""
-    map_q, map_k = bases.query_key_basis(sums.grad_q.second_moment, sums.grad_k.second_moment)
-    weights.map("q", map_q)
-    weights.map("k", map_k)
-    scale = bases.equalising_scale(weights.rows("q"), weights.rows("k"))
-    weights.scale("q", scale)
-    weights.scale("k", 1 / scale)
-    return scale.unsqueeze(-1) * map_q
+    weights.v[..., -1] -= mean_z
+    if weights.can_map_keys:
+        weights.k[..., -1] -= sums.theta_k.mean
 
 
 def _permute_queries_and_keys(branch, sums):
     """Where q and k pass a norm: sort their dimensions by what they carry, alike in all heads, which share the norm.
-
-    Returns the order, [d].
-    """
+    Returns the order, [d]."""
     order = sums.taylor[:2].sum((0, 1)).argsort(descending=True, stable=True)
     for layer, module in branch.layers:
         if layer.name == "qkv":

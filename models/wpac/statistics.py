@@ -5,6 +5,7 @@ a time, so that what is needed beyond the network and the sums does not grow wit
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import utils
 from models.vit.supernet import branches, frozen, hooks
-from models.wpac.moments import Moments, SymmetricSum
+from models.wpac.moments import Moments, Sums, SymmetricSum, zeros
 from utils import InputError
 
 # The number of tokens that are cast to float64 at a time; one image, if it has more.
@@ -20,7 +21,7 @@ TOKENS_AT_ONCE = 256
 
 
 @dataclass
-class BranchStatistics:
+class BranchStatistics(Sums):
     """What the proxy set says of one branch, all sums over tokens, float64. g is the gradient of the objective at a
     feature f.
 
@@ -38,14 +39,6 @@ class BranchStatistics:
     def mean_gram(self):
         """G = E[go go^T], [D, D]."""
         return self.gram.dense()[0] / self.tokens
-
-    def all_reduce(self):
-        """Sum over ranks, in place."""
-        for name, value in vars(self).items():
-            if isinstance(value, (Moments, SymmetricSum)):
-                value.all_reduce()
-            elif value is not None:
-                setattr(self, name, utils.all_reduce_sum(value))
 
 
 @dataclass
@@ -95,32 +88,6 @@ class MlpStatistics(BranchStatistics):
         return self.hidden.count
 
 
-def _zeros(*shape, device):
-    return torch.zeros(shape, dtype=torch.float64, device=device)
-
-
-def _attention_statistics(branch, device, moments, hidden):
-    heads, width, dim = branch.part.heads, branch.width, branch.output.out_features
-    sums = AttentionStatistics(*(_zeros(3, heads, width, device=device) for _ in range(2)))
-    if moments:
-        features = ("theta_q", "theta_k", "grad_q", "grad_k") if branch.part.keys else ()
-        for name in (*features, "theta_v", "grad_z"):
-            setattr(sums, name, Moments(heads, width, device))
-        if features:
-            sums.gram_q = SymmetricSum(heads, width, device)
-        if hidden and not branch.indivisible:
-            sums.joint_z = Moments(1, heads * width, device)
-        sums.gram = SymmetricSum(1, dim, device)
-    return sums
-
-
-def _mlp_statistics(branch, device, hidden):
-    sums = MlpStatistics(*(_zeros(branch.width, device=device) for _ in range(2)))
-    if hidden:
-        sums.hidden, sums.gram = Moments(1, branch.width, device), SymmetricSum(1, branch.output.out_features, device)
-    return sums
-
-
 class _Tap:
     """Hooks on the layers of one branch that add each batch to its statistics during the backward pass.
 
@@ -129,13 +96,12 @@ class _Tap:
 
     def __init__(self, branch, sums, moments):
         self.branch, self.sums, self.kept, self.handles = branch, sums, {}, []
-        self.ends_in_norm = branch.family.post_norm and moments
-        if self.ends_in_norm:
-            sums.output_sum = _zeros(branch.output.out_features + 1, device=sums.taylor.device)
+        if branch.family.post_norm and moments:
+            sums.output_sum = zeros(branch.output.out_features + 1, device=sums.taylor.device)
             self._on(branch.norm, self._on_end)
 
-    def _on(self, module, hook, *arguments):
-        self.handles.append(module.register_forward_hook(lambda _m, given, out: hook(*arguments, given[0], out)))
+    def _on(self, module, hook):
+        self.handles.append(module.register_forward_hook(lambda _module, given, output: hook(given[0], output)))
 
     def _on_end(self, _given, output):
         flat = output.detach().flatten(0, -2)
@@ -150,11 +116,19 @@ class _Tap:
 
 class _AttentionTap(_Tap):
     def __init__(self, branch, device, moments, hidden):
-        super().__init__(branch, _attention_statistics(branch, device, moments, hidden), moments)
-        self.moments = moments
-        if branch.width and branch.part.keys:
+        heads, width, keys = branch.part.heads, branch.width, branch.part.keys
+        sums = AttentionStatistics(*(zeros(3, heads, width, device=device) for _ in range(2)))
+        super().__init__(branch, sums, moments)
+        if moments:
+            of_keys = ("theta_q", "theta_k", "grad_q", "grad_k") if keys else ()
+            for name in (*of_keys, "theta_v", "grad_z"):
+                setattr(sums, name, Moments(heads, width, device))
+            sums.gram_q = SymmetricSum(heads, width, device) if keys else None
+            sums.joint_z = Moments(1, heads * width, device) if hidden and not branch.indivisible else None
+            sums.gram = SymmetricSum(1, branch.output.out_features, device)
+        if width and keys:
             self._on(branch.module.qkv, self._on_qkv)
-        if branch.width and (moments or not branch.part.keys):
+        if width and (moments or not keys):
             self._on(branch.output, self._on_output)
 
     def _on_qkv(self, _given, output):
@@ -164,7 +138,7 @@ class _AttentionTap(_Tap):
     def _on_output(self, z, output):
         self.kept["z"] = z.detach()
         z.register_hook(lambda gradient: self._add_z(self.kept.pop("z"), gradient))
-        if self.moments:
+        if self.sums.gram:
             output.register_hook(self._add_output)
 
     def _heads(self, tensor):
@@ -173,16 +147,15 @@ class _AttentionTap(_Tap):
 
     def _add_qkv(self, qkv, gradient):
         for features, gradients in _few_images(qkv, gradient):
-            pairs = zip("qkv", features.chunk(3, dim=-1), gradients.chunk(3, dim=-1), strict=True)
-            for index, (name, f, g) in enumerate(pairs):
-                self._add_feature(index, name, self._heads(f), self._heads(g), len(features))
+            for name, f, g in zip("qkv", features.chunk(3, dim=-1), gradients.chunk(3, dim=-1), strict=True):
+                self._add_feature(name, self._heads(f), self._heads(g), len(features))
 
-    def _add_feature(self, index, name, f, g, images):
+    def _add_feature(self, name, f, g, images):
         """Add q, k or v of a few images and its gradient, both [H, n, d], n the tokens of all images."""
-        product = (f * g).abs()
+        product, index = (f * g).abs(), "qkv".index(name)
         self.sums.taylor[index] += product.sum(1)
         self.sums.hessian[index] += product.square().sum(1)
-        if not self.moments:
+        if not self.sums.theta_v:
             return
         theta = product.mean(-1)  # the paper's token importance: mean over the d dimensions of |g f|, [H, n]
         getattr(self.sums, f"theta_{name}").add(f, theta)
@@ -196,28 +169,31 @@ class _AttentionTap(_Tap):
 
     def _add_output(self, gradient):
         self._add_gram(gradient)
-        if self.sums.joint_z is None:
-            return
-        # The gradient at proj's output arrives before the one at its input: z is still kept.
-        for f, g in _few_images(self.kept["z"], gradient):
-            flat = rearrange(f.double(), "b t c -> 1 (b t) c")
-            self.sums.joint_z.add(flat, rearrange(g.double().norm(dim=-1), "b t -> 1 (b t)"))
+        if self.sums.joint_z:
+            # The gradient at proj's output arrives before the one at its input: z is still kept.
+            for f, g in _few_images(self.kept["z"], gradient):
+                flat = rearrange(f.double(), "b t c -> 1 (b t) c")
+                self.sums.joint_z.add(flat, rearrange(g.double().norm(dim=-1), "b t -> 1 (b t)"))
 
     def _add_z(self, z, gradient):
         for f, g in _few_images(z, gradient):
             images, f, g = len(f), self._heads(f), self._heads(g)
-            if self.moments:
+            if self.sums.grad_z:
                 self.sums.grad_z.add(f, g.square().sum(-1))
             if not self.branch.part.keys:
-                self._add_feature(2, "v", f, g, images)
+                self._add_feature("v", f, g, images)
 
 
 class _MlpTap(_Tap):
     def __init__(self, branch, device, moments, hidden):
-        super().__init__(branch, _mlp_statistics(branch, device, hidden), moments)
+        sums = MlpStatistics(*(zeros(branch.width, device=device) for _ in range(2)))
+        super().__init__(branch, sums, moments)
+        if hidden:
+            sums.hidden = Moments(1, branch.width, device)
+            sums.gram = SymmetricSum(1, branch.output.out_features, device)
         if branch.width:
             for name in branch.part.inputs:
-                self._on(getattr(branch.module, name), self._on_input, name)
+                self._on(getattr(branch.module, name), partial(self._on_input, name))
             self._on(branch.output, self._on_output)
 
     def _on_input(self, name, _given, output):
@@ -250,12 +226,6 @@ def _few_images(*tensors):
     return zip(*(tensor.split(images) for tensor in tensors), strict=True)
 
 
-def _tap(branch, device, moments, hidden):
-    if branch.name == "attn":
-        return _AttentionTap(branch, device, moments, hidden)
-    return _MlpTap(branch, device, moments, hidden)
-
-
 def collect_statistics(supernet, batches, objective, moments=True, hidden=False, amp="none"):
     """Measure every branch of a super-network at its present widths on the proxy set (docs/method.md).
 
@@ -269,7 +239,8 @@ def collect_statistics(supernet, batches, objective, moments=True, hidden=False,
     no image was seen.
     """
     device = next(supernet.parameters()).device
-    taps = [_tap(branch, device, moments, hidden) for branch in branches(supernet)]
+    kinds = {"attn": _AttentionTap, "mlp": _MlpTap}
+    taps = [kinds[branch.name](branch, device, moments, hidden) for branch in branches(supernet)]
     seen = torch.zeros((), device=device)
     with frozen(supernet), hooks([handle for tap in taps for handle in tap.handles]):
         for images, labels, positions in batches:
