@@ -118,6 +118,7 @@ def evaluate(model, loader, device, amp="none"):
     return evaluate_all([(model, None)], loader, device, amp)[0]
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.inference_mode()
 def evaluate_all(sizes, loader, device, amp="none"):
     """``evaluate`` several networks in one pass, which reads each image once. Returns the list of their figures.

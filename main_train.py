@@ -15,7 +15,7 @@ from models.piad.width_table import TABLE_NAME, WidthTable
 from models.subnet.store import WEIGHTS_NAME, newest_checkpoint
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec, classes_of, load_weights, read_checkpoint
-from models.vit.supernet import as_supernet
+from models.vit.supernet import as_supernet, compile_branches
 from models.vit.weights import digest
 from training import OF_GROWTH, TrainingRun
 from utils import InputError, print_once, with_unit
@@ -45,6 +45,8 @@ def main(args):
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     # A sub-network without a branch leaves that branch's parameters out of the backward pass.
     run = TrainingRun(supernet, args, device, len(train), find_unused=dropout.loses_branches)
+    if args.compile:
+        compile_branches(supernet)
     checkpoint, content = run.resume(output)
     if checkpoint:
         restore_table(dropout, content, checkpoint, args)
@@ -56,7 +58,8 @@ def main(args):
     # Each checkpoint also holds the list of sub-networks, which is written beside it at the same time.
     with run.files(output, lambda: {"mask_table": dropout.save(output / TABLE_NAME, spec)}):
         for epoch in run.epochs():
-            dropout.grow(supernet, proxy, epoch)
+            with torch.compiler.set_stance("force_eager"):
+                dropout.grow(supernet, proxy, epoch)
             train.sampler.set_epoch(epoch, run.images_done())
             figures, score = train_one_epoch(run, train, criterion, epoch, mixup, teacher, dropout.draw), None
             if run.evaluates(epoch):

@@ -245,6 +245,7 @@ def add_piad_options(parser):
     words = "sub-networks that every training step trains beside the drawn one"
     add("--always", nargs="*", default=[], choices=["largest", "smallest"], help=words)
     add("--subnet-per-rank", action="store_true", help="each rank draws its own sub-network")
+    add("--compile", action="store_true", help="compile attention and MLPs for the training steps")
 
 
 # ------------------------------------------------------------------------------------------ stages 3 and 4

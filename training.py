@@ -23,8 +23,8 @@ COUNTS = ("updates", "losses", "skipped")
 # stays. Where a run starts from is in the checkpoint; main_train.py compares the tables.
 MAY_DIFFER = {
     "data_path", "num_workers", "pin_mem", "skip_bad_images", "device", "amp", "batch_size", "accum_iter", "world_size",
-    "output_dir", "keep_last", "save_every_steps", "eval_period", "skip_nonfinite", "tensorboard", "model_ema",
-    "pretrained", "checkpoint", "mask_table", "teacher_path", "use_ema", "compensation", "compensate", "calibrate",
+    "compile", "output_dir", "keep_last", "save_every_steps", "eval_period", "skip_nonfinite", "tensorboard", "use_ema",
+    "pretrained", "checkpoint", "mask_table", "teacher_path", "model_ema", "compensation", "compensate", "calibrate",
     "op_code", "macs", "macs_ratio", "params", "latency_ms", "latency_device", "latency_batch_size", "finer",
 }  # fmt: skip
 # How a width table grows: without effect if --mask-table gives a complete one.

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import utils
 from models.subnet import latency
 from models.vit.pretrained import image_shape
-from models.vit.supernet import current_widths
+from models.vit.supernet import compile_branches, current_widths
 from models.vit.widths import Widths
 from models.wpac.density import densities
 from models.wpac.rewrite import reparameterise
@@ -86,7 +86,7 @@ def variants(case):
     """(words, autocast, change of the TrainingRun) of each way to run a step."""
 
     def compiled(run):
-        run.parallel = torch.compile(run.model, dynamic=False, backend=case.compiler)
+        compile_branches(run.model, case.compiler)
 
     def channels_last(run):
         run.model.to(memory_format=torch.channels_last)  # the patch embedding is the one convolution

@@ -15,7 +15,8 @@ from torch.utils.data import Subset
 import datasets
 from engine import evaluate, evaluate_all, probe, train_one_epoch
 from models.piad.distillation import Distillation
-from models.vit.supernet import set_widths
+from models.vit.supernet import compile_branches, set_widths
+from models.vit.widths import Widths
 from training import TrainingRun
 
 CPU = torch.device("cpu")
@@ -184,6 +185,22 @@ def test_ranks_agree_with_one_process_and_with_each_other(tmp_path):
             (F.cross_entropy(expected(images[rank::2]), labels[rank::2]) / 2).backward()
         optimizer.step()
     assert_equal(apart, dict(expected.named_parameters()), 1e-5)
+
+
+def test_compiled_branches_train_alike_at_any_width_from_six_graphs():
+    """Of attention and of MLPs: full, narrower, and off. Evaluation is not compiled."""
+    graphs, supernet, batches = [], tiny_supernet(), proxy_batches(72, 8)
+    compile_branches(supernet, lambda graph, _: graphs.append(graph) or graph)
+
+    def draw(step):
+        return [TINY_WIDTHS[step] if step < 6 else Widths((step, 15 - step, 2), (step, 190 - step, 20 * step))]
+
+    one, figures = trained(batches, draw, model=supernet, clip_grad=1.0)
+    other, expected = trained(batches, draw, clip_grad=1.0)
+    assert_equal(one, other, 1e-5)
+    assert figures["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+    evaluate(supernet, batches, CPU)
+    assert 0 < len(graphs) <= 6
 
 
 def test_several_sizes_are_evaluated_on_images_that_are_read_once(shared_args):
