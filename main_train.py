@@ -17,6 +17,7 @@ from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec, classes_of, load_weights, read_checkpoint
 from models.vit.supernet import as_supernet, compile_branches
 from models.vit.weights import digest
+from models.wpac.compensation import COMPENSATION_NAME, attach, load_compensation, save_compensation
 from training import OF_GROWTH, TrainingRun
 from utils import InputError, print_once, with_unit
 
@@ -36,7 +37,7 @@ def get_args(argv=None):
 
 def main(args):
     device = utils.start_up(args)
-    supernet, spec, images, teacher = build(args, device)
+    supernet, spec, images, teacher, weights = build(args, device)
     output = utils.output_folder(args.output_dir or Path("output/peelable") / args.model)
     dropout = make_dropout(args, supernet)
     proxy = datasets.proxy_loader(images, supernet, args, "proxy_samples") if dropout.growth else None
@@ -50,13 +51,16 @@ def main(args):
     checkpoint, content = run.resume(output)
     if checkpoint:
         restore_table(dropout, content, checkpoint, args)
+        weights = content.get("compensation")
+    weights = use_compensation(run, dropout, checkpoint, weights, output)
     print_once(
         f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
         f"rank(s), learning rate {run.lr:.2e}, full network {with_unit(dropout.costs.macs(dropout.units.full))} MACs"
     )
 
-    # Each checkpoint also holds the list of sub-networks, which is written beside it at the same time.
-    with run.files(output, lambda: {"mask_table": dropout.save(output / TABLE_NAME, spec)}):
+    # Each checkpoint also holds the list of sub-networks, which is written beside it at the same time, and names the
+    # weights that the compensation beside it was measured on.
+    with run.files(output, lambda: {"mask_table": dropout.save(output / TABLE_NAME, spec), "compensation": weights}):
         for epoch in run.epochs():
             with torch.compiler.set_stance("force_eager"):
                 dropout.grow(supernet, proxy, epoch)
@@ -95,7 +99,8 @@ def evaluate_ends(run, table, loader):
 
 
 def build(args, device):
-    """(super-network with its starting weights, its ModelSpec, training images, teacher or None)."""
+    """(super-network with its starting weights, its ModelSpec, training images, teacher or None, digest of the
+    weights)."""
     options.required_model(args)
     path = Path(args.pretrained or f"output/reparam/{args.model}/{WEIGHTS_NAME}")
     path = newest_checkpoint(path) if path.is_dir() else path
@@ -118,7 +123,7 @@ def build(args, device):
     teacher = make_teacher(args, model, remarks)
     if teacher and teacher.network:
         teacher.network.to(device)
-    return as_supernet(model).to(device), spec, images, teacher
+    return as_supernet(model).to(device), spec, images, teacher, digest(state)
 
 
 def make_teacher(args, model, remarks):
@@ -182,6 +187,34 @@ def restore_table(dropout, content, checkpoint, args):
     if dropout.growth is None and dropout.table.steps != table.steps:
         raise InputError(f"--mask-table {args.mask_table}: --resume {checkpoint} trains another table; leave it out")
     dropout.restore(table)
+
+
+def use_compensation(run, dropout, checkpoint, weights, output):
+    """Let ``run`` train compensated slices, if stage 1's compensation lies beside the weights that it starts from and
+    the table is complete, or if ``checkpoint``, which it goes on from, was trained so.
+
+    weights: the digest of those that the compensation is of. Returns it, or None if plain slices are trained. Writes
+    the compensation into the folder ``output``, for what is cut from the trained weights.
+    """
+    args = run.args
+    if checkpoint:
+        path, wanted = output / COMPENSATION_NAME, weights is not None
+        if wanted and not args.compensate:
+            raise InputError(f"--no-compensation: --resume {checkpoint} trains compensated slices; leave it out")
+    else:
+        path = Path(args.pretrained).with_name(COMPENSATION_NAME)
+        wanted = args.compensate and dropout.growth is None and path.is_file()
+    if not wanted:
+        return None
+    compensation = load_compensation(path, run.model, weights)
+    for known in compensation:
+        known.output_mean.zero_()  # a removed branch adds nothing, in training and in what is cut afterwards
+    for network in (run.model, *([run.ema.module] if run.ema else ())):
+        attach(network, compensation)
+    if not checkpoint:
+        save_compensation(compensation, run.model, output / COMPENSATION_NAME, weights)
+    print_once(f"training compensated slices, by {path}")
+    return weights
 
 
 if __name__ == "__main__":

@@ -239,6 +239,8 @@ def add_piad_options(parser):
     add = parser.add_argument_group("progressive importance-aware dropout").add_argument
     words = "width table to train; auto: the one beside --pretrained, if any; none: one that grows, as in the paper"
     add("--mask-table", default="auto", help=words)
+    words = "train plain slices, also where stage 1's compensation lies beside --pretrained and the table is complete"
+    add("--no-compensation", dest="compensate", action="store_false", help=words)
     add("--grow-epochs", type=positive_int, default=50, help="epochs in which the width table grows")
     add("--sensitivity", default="cost", choices=["cost", "accuracy"], help="what the removal of a branch is judged by")
     add("--sampling", default="uniform", choices=["uniform", "macs", "ends"], help="how steps of the table are drawn")

@@ -22,10 +22,11 @@ echo "== stage 2: train the super-network"
 "$PYTHON" main_train.py $DATA $RECIPE --pretrained "$OUTPUT/reparam/reparamed.pth" --epochs 60 --lr 8e-3 \
     --eval-period 20 --output-dir "$OUTPUT/supernet"
 echo "== stage 3: sub-networks of the same widths, from the original, the reparameterised and the trained weights"
-for weights in pretrain/pretrained.pth reparam/reparamed.pth supernet; do
+for weights in pretrain/pretrained.pth reparam/reparamed.pth; do
     "$PYTHON" main_test.py $DATA --no-compensation --checkpoint "$OUTPUT/$weights" --mask-table "$OUTPUT/supernet/mask_table.json" $LADDER \
         --output-dir "$OUTPUT/test/plain/${weights%%/*}"
 done
+"$PYTHON" main_test.py $DATA --checkpoint "$OUTPUT/supernet" $LADDER --output-dir "$OUTPUT/test/supernet"
 echo "== stage 4: fine-tune one sub-network"
 "$PYTHON" main_finetune_peeled.py $DATA $RECIPE --checkpoint "$OUTPUT/supernet" --macs-ratio 0.1667 --epochs 10 --lr 1e-3 --warmup-epochs 0 \
     --eval-period 10 --output-dir "$OUTPUT/finetune"
@@ -33,4 +34,4 @@ echo "== stage 4: fine-tune one sub-network"
 echo "== accuracy against MACs"
 "$PYTHON" tools/plot_accuracy.py "$OUTPUT/accuracy.png" --title "scikit-learn digits: sub-networks of one ViT" \
     "original weights, truncated=$OUTPUT/test/plain/pretrain" "stage 1, truncated: the same widths=$OUTPUT/test/plain/reparam" \
-    "stage 1, compensated: its own widths=$OUTPUT/test/reparam" "stage 2, trained super-network=$OUTPUT/test/plain/supernet"
+    "stage 1, compensated: its own widths=$OUTPUT/test/reparam" "stage 2, trained super-network=$OUTPUT/test/supernet"

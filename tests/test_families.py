@@ -37,7 +37,7 @@ from models.vit.pretrained import ALIASES, ModelSpec, load_weights
 from models.vit.supernet import as_stock, as_supernet, at_widths, branches, full_widths
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
-from models.wpac.compensation import compensate
+from models.wpac.compensation import attach, compensate
 from models.wpac.density import densities
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES
@@ -181,6 +181,33 @@ def test_compensation_and_calibration_come_closer_to_the_full_network(family):
     unchanged = calibrate(extract(supernet, full), supernet, batches, OBJECTIVES["feature"]).state_dict()
     for name, value in supernet.state_dict().items():
         assert torch.allclose(value, unchanged[name], atol=1e-9), f"{name} of the full network was refitted"
+
+
+@every_family
+def test_what_is_trained_compensated_is_what_is_cut(family):
+    supernet, images = built(family)
+    compensation = rewritten(supernet, statistics_of(family, supernet, hidden=True), "balanced", "greedy")
+    for known in compensation:
+        known.output_mean.zero_()
+    attach(supernet, compensation)
+    with torch.no_grad():
+        for number, parameter in enumerate(supernet.parameters()):  # as training does
+            generator = torch.Generator().manual_seed(number)
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    averaged = copy.deepcopy(supernet)
+    for widths in some_widths(supernet):
+        with at_widths(supernet, widths), at_widths(averaged, widths):
+            sliced = supernet(images)
+            assert torch.equal(averaged(images), sliced)
+        subnet = compensate(extract(supernet, widths), supernet, compensation)
+        assert difference(sliced, subnet(images)) < 1e-10
+    widths = next(some_widths(supernet))
+    with at_widths(supernet, widths):
+        supernet(images).square().sum().backward()
+    for branch, width in zip(branches(supernet), widths.flat, strict=True):
+        if branch.output.folding and 0 < width < branch.full:
+            learnt = branch.output.weight.grad.unflatten(1, (-1, branch.full))
+            assert learnt[..., -1].abs().max() > 0, "columns that are dropped learn too, where they are folded in"
 
 
 @torch.no_grad()

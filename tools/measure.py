@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets
 import utils
 from models.subnet.store import load_supernet
+from models.vit.pretrained import read_checkpoint
 from models.wpac.compensation import COMPENSATION_NAME, measure_compensation, save_compensation
 from models.wpac.statistics import OBJECTIVES
 from options import add_proxy_options, checkpoint_path, stage_parser
-from utils import print_once
+from utils import InputError, print_once
 
 
 def get_args():
@@ -31,6 +32,8 @@ def get_args():
 def main(args):
     device = utils.start_up(args)
     path = checkpoint_path(args)
+    if read_checkpoint(path).get("compensation"):
+        raise InputError(f"{path}: was trained with the compensation of stage 1, and is cut with it")
     loaded = load_supernet(path, model=args.model, input_size=args.input_size, use_ema=args.use_ema, compensate=False)
     supernet = loaded.supernet.to(device)
     proxy = datasets.proxy_loader(datasets.load_images(args, train=True), supernet, args, "proxy_samples")

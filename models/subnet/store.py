@@ -141,7 +141,8 @@ def load_supernet(
         mask_table: the width table (default: mask_table.json beside the checkpoint).
         use_ema: take the averaged weights.
         compensation: the compensation file (default: compensation.safetensors beside the checkpoint).
-        compensate: whether to use it (default: if it is there, or ``compensation`` is given).
+        compensate: whether to use it (default: if it is there, ``compensation`` is given, or the weights were trained
+            with one).
         kwargs: go to timm, e.g. drop_path_rate.
     Raises InputError if the files do not belong together.
     """
@@ -167,9 +168,11 @@ def load_supernet(
     costs = Costs.of(as_supernet(supernet))
     table.check_fits(costs, table_path)
     file = Path(compensation or path.parent / COMPENSATION_NAME)
+    # Trained weights go with the compensation of those that their training began from.
+    began = content.get("compensation") if isinstance(content.get("compensation"), str) else None
     if compensate is None:
-        compensate = bool(compensation) or file.is_file()
-    known = load_compensation(file, supernet, weights) if compensate else None
+        compensate = bool(compensation or began) or file.is_file()
+    known = load_compensation(file, supernet, began or weights) if compensate else None
     return SuperNetwork(supernet, spec, table, costs, path, weights, known)
 
 

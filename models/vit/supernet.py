@@ -60,12 +60,18 @@ def scale_queries(rows, queries, share):
 
 
 class PrefixLinear(Prefix, nn.Linear):
-    """A Linear of which some rows ('out') or columns ('in') take part."""
+    """A Linear of which some rows ('out') or columns ('in') take part.
 
-    stock = nn.Linear
+    folding: function (this Linear, kept) -> (weight, bias) that makes up for what is dropped, or None: plain slices.
+    """
+
+    stock, folding = nn.Linear, None
 
     def forward(self, x):
-        weight, bias = self.prefix("weight"), self.prefix("bias")
+        if self.folding and self.kept < self.width:
+            weight, bias = self.folding(self, self.kept)
+        else:
+            weight, bias = self.prefix("weight"), self.prefix("bias")
         if self.layer.padded and self.kept < self.width:
             return padded_linear(x, weight, bias, self.layer, self.width)
         return F.linear(x, weight, bias)
@@ -257,7 +263,7 @@ def as_stock(supernet):
     for module in supernet.modules():
         if isinstance(module, (Prefix, Switched, SwitchedBlock)):
             module.__class__ = type(module).stock
-            for name in ("part", "layer", "width", "kept", "on"):
+            for name in ("part", "layer", "width", "kept", "on", "folding"):
                 vars(module).pop(name, None)
     return supernet
 

@@ -13,6 +13,7 @@ The error that is left, in the metric G of the gradient at the branch's output, 
 e_j = |G^(1/2) (W F)_j|^2.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -143,26 +144,65 @@ def compensate(subnet, supernet, compensation):
             _add(known.output_mean, branch.scale, place)
             continue
         last = getattr(cut.module, branch.part.output)
-        if known.factor is not None and branch.part.can(Transform.COMPENSATION):
-            _fold_into(last, branch, known)
+        _fold_into(last, branch, known)
         bias = getattr(cut.norm if branch.family.post_norm else last, "bias", None)  # an RMSNorm has none
         place = [] if bias is None else [(bias, branch.scale)]
     return subnet
 
 
+class Folding:
+    """What a super-network needs to compute compensated slices while it is trained: made of a branch and its
+    Compensation, and given to its last Linear.
+
+    heads: groups of columns that are cut alike. factor, mean: of the Compensation, in the precision in which is folded.
+    norm: the LayerNorm over the hidden units, if there is one.
+    """
+
+    def __init__(self, branch, factor, mean):
+        self.heads, self.factor, self.mean = getattr(branch.part, "heads", 1), factor, mean
+        self.norm = next((module for layer, module in branch.layers if layer.name == "norm"), None)
+
+    @classmethod
+    def of(cls, branch, known, dtype):
+        """None if the branch cannot be compensated."""
+        if known.factor is None or not branch.part.can(Transform.COMPENSATION):
+            return None
+        return cls(branch, *(t.to(branch.output.weight.device, dtype) for t in (known.factor, known.input_mean)))
+
+    def __deepcopy__(self, memo):
+        copied = copy.copy(self)  # what never changes is shared, as by the averaged weights
+        copied.norm = copy.deepcopy(self.norm, memo)
+        return copied
+
+    def __call__(self, last, kept):
+        """(weight [D, H kept], bias [D]) of the full Linear ``last`` at a width below its own, differentiable."""
+        n, factor, mean = kept * self.heads, self.factor, self.mean
+        with torch.autocast(factor.device.type, enabled=False):
+            full = _dimension_first(last.weight, self.heads).to(factor)
+            weight, bias = fold(full, last.bias.to(factor), factor, mean, n)
+            if self.norm is not None:
+                affine = (parameter[:n].to(factor) for parameter in (self.norm.weight, self.norm.bias))
+                weight, bias = through_norm(weight, bias, factor[:n, :n], mean[:n], *affine)
+        return rearrange(weight, "c (d h) -> c (h d)", h=self.heads), bias
+
+
+def attach(supernet, compensation):
+    """Let a super-network compute compensated slices from now on, differentiably; plain ones if there is no
+    ``compensation`` (2L Compensation). What a removed branch adds on average is not made up for."""
+    own = branches(supernet)
+    for branch, known in zip(own, compensation or [None] * len(own), strict=True):
+        branch.output.folding = Folding.of(branch, known, branch.output.weight.dtype) if known else None
+
+
 def _fold_into(cut, branch, known):
     """cut: the last Linear of what ``branch`` has become."""
-    full, kept, device = branch.output, cut.in_features, branch.output.weight.device
-    heads = getattr(branch.part, "heads", 1)  # groups of columns that are cut alike
-    factor, mean = (tensor.to(device, torch.float64) for tensor in (known.factor, known.input_mean))
-    weight, bias = fold(_dimension_first(full.weight, heads).double(), full.bias.double(), factor, mean, kept)
-    norm = next((module for layer, module in branch.layers if layer.name == "norm"), None)
-    if norm is not None and kept < full.in_features:
-        affine = (parameter[:kept].double() for parameter in (norm.weight, norm.bias))
-        weight, bias = through_norm(weight, bias, factor[:kept, :kept], mean[:kept], *affine)
+    folding, heads = Folding.of(branch, known, torch.float64), getattr(branch.part, "heads", 1)
+    if not folding or cut.in_features == branch.output.in_features:
+        return
+    weight, bias = folding(branch.output, cut.in_features // heads)
     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise InputError("the compensation of these weights has no finite solution; cut without it")
-    cut.weight.copy_(rearrange(weight, "c (d h) -> c (h d)", h=heads))
+    cut.weight.copy_(weight)
     cut.bias.copy_(bias)
 
 
