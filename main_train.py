@@ -197,13 +197,10 @@ def use_compensation(run, dropout, checkpoint, weights, output):
     the compensation into the folder ``output``, for what is cut from the trained weights.
     """
     args = run.args
-    if checkpoint:
-        path, wanted = output / COMPENSATION_NAME, weights is not None
-        if wanted and not args.compensate:
-            raise InputError(f"--no-compensation: --resume {checkpoint} trains compensated slices; leave it out")
-    else:
-        path = Path(args.pretrained).with_name(COMPENSATION_NAME)
-        wanted = args.compensate and dropout.growth is None and path.is_file()
+    path = Path(checkpoint or args.pretrained).with_name(COMPENSATION_NAME)
+    wanted = weights is not None if checkpoint else args.compensate and dropout.growth is None and path.is_file()
+    if checkpoint and wanted and not args.compensate:
+        raise InputError(f"--no-compensation: --resume {checkpoint} trains compensated slices; leave it out")
     if not wanted:
         return None
     compensation = load_compensation(path, run.model, weights)
@@ -211,8 +208,7 @@ def use_compensation(run, dropout, checkpoint, weights, output):
         known.output_mean.zero_()  # a removed branch adds nothing, in training and in what is cut afterwards
     for network in (run.model, *([run.ema.module] if run.ema else ())):
         attach(network, compensation)
-    if not checkpoint:
-        save_compensation(compensation, run.model, output / COMPENSATION_NAME, weights)
+    save_compensation(compensation, run.model, output / COMPENSATION_NAME, weights)
     print_once(f"training compensated slices, by {path}")
     return weights
 
