@@ -80,8 +80,8 @@ def step_weights(sampling, macs):
     """How likely each step of the list is drawn, numbers [steps], not normalised. macs: MACs of every step.
 
     'uniform': every step alike (paper). 'macs': every amount of MACs alike, so a step counts by the gap around it.
-    'ends': half of the draws go to the largest and the smallest in equal parts, the others are uniform. 'compute': every
-    step gets the same compute, so it counts by 1 / MACs. 'root': half way there, 1 / sqrt(MACs).
+    'ends': half of the draws go to the largest and the smallest in equal parts, the others are uniform. 'compute':
+    every step gets the same compute, so it counts by 1 / MACs. 'root': half way there, 1 / sqrt(MACs).
     """
     macs = torch.tensor(macs, dtype=torch.float64)
     weights = torch.ones_like(macs)
