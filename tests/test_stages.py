@@ -131,6 +131,23 @@ def test_every_training_option_at_once_resumes_to_the_bit(chain, tmp_path):
     assert (tmp_path / "whole/best_checkpoint.pth").exists()
 
 
+def test_compensated_slices_are_trained_and_then_cut(chain, tmp_path):
+    folder, options = tmp_path / "net", f"{TRAINING} --mask-table auto --epochs 1"
+    output = run(f"main_train.py {options} --pretrained {chain[1]}/reparam/reparamed.pth --output-dir {folder}")
+    assert f"training compensated slices, by {chain[1]}/reparam/compensation.safetensors" in output
+    last = WidthTable.load(folder / "mask_table.json").last
+    run(f"main_test.py {DIGITS} --checkpoint {folder} --op-code {last} --output-dir {tmp_path}/test")
+    (row,), (record,) = rows_of(tmp_path / "test"), log_of(folder)
+    assert row["compensated"] and row["top1"] == pytest.approx(record["test_smallest"], abs=0.2), "one image is 0.17"
+    command = f"main_train.py {options} --output-dir {folder} --no-compensation --resume {folder}/checkpoint_0.pth"
+    assert "trains compensated slices; leave it out" in run(command, expect=2)
+    output = run(f"tools/measure.py {DIGITS} --checkpoint {folder} --proxy-samples 16", expect=2)
+    assert "was trained with the compensation of stage 1, and is cut with it" in output
+    (folder / "compensation.safetensors").unlink()
+    output = run(f"main_test.py {DIGITS} --checkpoint {folder} --op-code {last} --output-dir {tmp_path}", expect=2)
+    assert "compensation.safetensors: not a readable compensation file" in output
+
+
 def test_a_teacher_from_a_file_or_the_starting_network(chain, pretrained, tmp_path):
     start = f"--pretrained {chain[1]}/reparam/reparamed.pth --batch-size 64 --epochs 1 --grow-epochs 1"
     own = "--distillation-type soft --distillation-tau 2"

@@ -23,7 +23,7 @@ from models.vit.pretrained import ALIASES, OWN_SHAPES, ModelSpec, classes_of, im
 from models.vit.supernet import as_stock, as_supernet, set_widths
 from models.vit.weights import digest
 from models.vit.widths import Widths
-from models.wpac.compensation import COMPENSATION_NAME, compensate, load_compensation
+from models.wpac.compensation import COMPENSATION_NAME, attach, compensate, load_compensation
 from utils import InputError, TableError
 
 WEIGHTS_NAME = "reparamed.pth"
@@ -76,10 +76,12 @@ class SuperNetwork:
         return compensate(subnet, self.supernet, self.compensation) if self.compensation else subnet
 
     def use(self, widths=None, **budget):
-        """Switch the live super-network to ``widths``, until it is switched again. Nothing is copied: it computes what
-        a plain slice does, without compensation. Returns the network, in eval mode."""
+        """Switch the live super-network to ``widths``, until it is switched again. Nothing is copied: compensation is
+        folded in at every call, and what a removed branch adds on average is left out. Returns the network, in eval
+        mode."""
         widths = widths or self.widths(**budget)
         if not self.one_size:
+            attach(self.supernet, self.compensation)
             set_widths(self.supernet, widths)
         return self.supernet.eval()
 
