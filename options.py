@@ -243,8 +243,8 @@ def add_piad_options(parser):
     add("--no-compensation", dest="compensate", action="store_false", help=words)
     add("--grow-epochs", type=positive_int, default=50, help="epochs in which the width table grows")
     add("--sensitivity", default="cost", choices=["cost", "accuracy"], help="what the removal of a branch is judged by")
-    rules = ["uniform", "macs", "ends", "root", "compute"]
-    add("--sampling", default="uniform", choices=rules, help="how steps of the table are drawn")
+    words = "how steps of the table are drawn"
+    add("--sampling", default="uniform", choices=["uniform", "macs", "ends", "compute"], help=words)
     words = "sub-networks that every training step trains beside the drawn one"
     add("--always", nargs="*", default=[], choices=["largest", "smallest"], help=words)
     add("--subnet-per-rank", action="store_true", help="each rank draws its own sub-network")

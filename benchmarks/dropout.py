@@ -66,7 +66,6 @@ OPTIONS = {
     "whole table, sampling by compute": ("balanced greedy", "table", {"sampling": "compute"}),
     "compensated slices": ("balanced greedy", "compensated", {}),
     "compensated slices, Taylor order": ("balanced taylor", "compensated", {}),
-    "compensated, sampling by root": ("balanced greedy", "compensated", {"sampling": "root"}),
     "compensated, sampling by compute": ("balanced greedy", "compensated", {"sampling": "compute"}),
     "averaged start": ("balanced", "averaged", {}),
 }

@@ -155,7 +155,9 @@ def test_weights_of_the_steps():
     assert step_weights("macs", macs).tolist() == [0.5, 2.5, 2.5, 0.5]
     ends = step_weights("ends", macs)
     assert (ends / ends.sum()).tolist() == [0.375, 0.125, 0.125, 0.375]
-    for sampling in ("uniform", "macs", "ends"):
+    compute = step_weights("compute", macs) * torch.tensor(macs, dtype=torch.float64)
+    assert torch.allclose(compute, compute[:1].expand(4)), "every size gets the same compute"
+    for sampling in ("uniform", "macs", "ends", "compute"):
         assert (step_weights(sampling, [10.0]) > 0).all()
     # However unevenly the steps lie, the mean drawn by MACs is the middle: 40 near the full network, two far below.
     macs = [100.0 - 0.1 * step for step in range(40)] + [50.0, 0.0]

@@ -81,15 +81,15 @@ def step_weights(sampling, macs):
 
     'uniform': every step alike (paper). 'macs': every amount of MACs alike, so a step counts by the gap around it.
     'ends': half of the draws go to the largest and the smallest in equal parts, the others are uniform. 'compute':
-    every step gets the same compute, so it counts by 1 / MACs. 'root': half way there, 1 / sqrt(MACs).
+    every step gets the same compute, so it counts by 1 / MACs.
     """
     macs = torch.tensor(macs, dtype=torch.float64)
     weights = torch.ones_like(macs)
     if sampling == "macs" and len(macs) > 1:
         weights[1:-1] = (macs[:-2] - macs[2:]) / 2
         weights[0], weights[-1] = (macs[0] - macs[1]) / 2, (macs[-2] - macs[-1]) / 2
-    elif sampling in ("compute", "root"):
-        weights = macs ** (-1 if sampling == "compute" else -1 / 2)
+    elif sampling == "compute":
+        weights = 1 / macs
     elif sampling == "ends":
         weights[0] += len(macs) / 2
         weights[-1] += len(macs) / 2
