@@ -11,6 +11,8 @@ entries:
 
 The error that is left, in the metric G of the gradient at the branch's output, is a sum over the dropped entries of
 e_j = |G^(1/2) (W F)_j|^2.
+
+``compensate`` does this to an extracted network, ``attach`` to the slices of a super-network that is trained.
 """
 
 import copy
@@ -151,11 +153,10 @@ def compensate(subnet, supernet, compensation):
 
 
 class Folding:
-    """What a super-network needs to compute compensated slices while it is trained: made of a branch and its
-    Compensation, and given to its last Linear.
+    """Makes the last Linear of one branch, at any width below its own, of the full one (docs/method.md, 2).
 
-    heads: groups of columns that are cut alike. factor, mean: of the Compensation, in the precision in which is folded.
-    norm: the LayerNorm over the hidden units, if there is one.
+    heads: groups of columns that are cut alike. factor, mean: F and mu of the Compensation, in the precision in which
+    is folded. norm: the LayerNorm over the hidden units, if there is one.
     """
 
     def __init__(self, branch, factor, mean):
