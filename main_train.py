@@ -108,8 +108,9 @@ def build(args, device):
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
     state = read_checkpoint(path)["model"]
+    weights = digest(state)
     # Strings: checkpoints hold the arguments, and nothing but plain values.
-    args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path, state)
+    args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path, weights)
     classes = args.nb_classes or images.num_classes or classes_of(state)
     if not classes:
         raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb-classes")
@@ -123,7 +124,7 @@ def build(args, device):
     teacher = make_teacher(args, model, remarks)
     if teacher and teacher.network:
         teacher.network.to(device)
-    return as_supernet(model).to(device), spec, images, teacher, digest(state)
+    return as_supernet(model).to(device), spec, images, teacher, weights
 
 
 def make_teacher(args, model, remarks):
@@ -146,16 +147,16 @@ def make_teacher(args, model, remarks):
     return Distillation(kind, alpha, tau, copy.deepcopy(model))
 
 
-def complete_table(mask_table, pretrained, state):
+def complete_table(mask_table, pretrained, weights):
     """The file of the complete table that ``--mask-table`` means, or None if the list is to grow. Raises InputError if
-    the table beside the weights ``state`` is of others."""
+    the table beside the file ``pretrained`` is of other weights than those of the digest ``weights``."""
     if mask_table != "auto":
         return None if mask_table == "none" else mask_table
     beside = pretrained.parent / TABLE_NAME
     if not beside.is_file():
         return None
     with utils.name_flag("--mask-table"):
-        WidthTable.load(beside).check_made_for(digest(state), beside)
+        WidthTable.load(beside).check_made_for(weights, beside)
     return str(beside)
 
 

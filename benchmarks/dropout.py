@@ -377,10 +377,12 @@ def report(results, args):
     head = ["top-1 at this share of the MACs", *(f"{share:.2f}" for share in SHARES)]
     before, deviation = spread([run["pretrained"] for run in results[PLAIN]])
     minutes = sum(run["seconds"] for runs in results.values() for run in runs) / 60
+    only = "" if len(results) == len(VARIANTS) else " --variants " + " ".join(f'"{name}"' for name in results)
     yield (
         f"# Dropout training at equal compute: {args.model} on {args.data_set}\n\n"
-        f"`python benchmarks/dropout.py`; {len(args.seeds)} seeds. Each variant trains for what {args.passes:g} passes "
-        f"over the training set through the full network cost, from networks of top-1 {before:.2f} ± {deviation:.2f}. "
+        f"`python benchmarks/dropout.py{only}`; {len(args.seeds)} seeds. Each variant trains for what {args.passes:g} "
+        f"passes over the training set through the full network cost, from networks of top-1 "
+        f"{before:.2f} ± {deviation:.2f}. "
         f"{minutes:.0f} minutes of one thread in all, pre-training apart, in {args.workers} processes on "
         f"{utils.machine_name(CPU)}. Mean ± sample standard deviation over seeds.\n\n"
         "10^12 MACs: what forward passes, backward passes (counted twice), importance passes and teachers came to; for "

@@ -213,16 +213,6 @@ _NAMES = ", ".join(cls.__name__ for cls in MODELS)
 SUPPORTED = f"supported are timm's {_NAMES}, of the parts that 'python -m models' lists"
 
 
-def compile_branches(supernet, backend="inductor"):
-    """Let attention and MLPs run compiled from now on, in few graphs that serve every width; the state dict stays.
-
-    What is random, as DropPath, is outside of them, and so the same as without.
-    """
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else there would be a graph for each width
-    for branch in branches(supernet):
-        branch.module.compile(dynamic=True, backend=backend)
-
-
 def check_supported(model):
     """Raise InputError, with what is supported, if there is no entry for ``model``, its blocks, or a part of them."""
     kind, blocks = type(model).__name__, named_blocks(model)
@@ -266,6 +256,16 @@ def as_stock(supernet):
             for name in ("part", "layer", "width", "kept", "on", "folding"):
                 vars(module).pop(name, None)
     return supernet
+
+
+def compile_branches(supernet, backend="inductor"):
+    """Let attention and MLPs run compiled from now on, in few graphs that serve every width; the state dict stays.
+
+    What is random, as DropPath, is outside of them, and so the same as without.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else there would be a graph for each width
+    for branch in branches(supernet):
+        branch.module.compile(dynamic=True, backend=backend)
 
 
 class Replay(nn.Module):

@@ -192,6 +192,10 @@ def attach(supernet, compensation):
     ``compensation`` (2L Compensation). What a removed branch adds on average is not made up for."""
     own = branches(supernet)
     for branch, known in zip(own, compensation or [None] * len(own), strict=True):
+        if known and known.factor is not None:
+            # In place, so that attaching it again, or to the averaged weights too, makes no second copy on a GPU.
+            device = branch.output.weight.device
+            known.factor, known.input_mean = known.factor.to(device), known.input_mean.to(device)
         branch.output.folding = Folding.of(branch, known, branch.output.weight.dtype) if known else None
 
 
