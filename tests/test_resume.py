@@ -125,8 +125,12 @@ def test_auto_passes_over_what_is_damaged(tmp_path, capsys):
         training.to_resume(None, tmp_path)
     for path in (*paths, tmp_path / training.MID_EPOCH_NAME):
         path.write_bytes(b"")
-    with pytest.raises(utils.InputError, match=r"checkpoint_2\.pth: not a readable checkpoint"):
+    with pytest.raises(utils.InputError) as caught:
         new_run(tmp_path).resume(tmp_path)
+    tried = "checkpoint_2.pth, checkpoint_1.pth, checkpoint_0.pth, mid_epoch.pth (the notes say why)"
+    advice = "give a whole copy as --resume FILE, or start anew in another --output-dir"
+    assert str(caught.value) == f"--resume auto: {tmp_path} holds nothing to go on from, of {tried}; {advice}"
+    assert f"{paths[0]}: not a readable checkpoint" in capsys.readouterr().out
 
 
 def test_a_mid_epoch_file_counts_by_its_position(whole, tmp_path):
