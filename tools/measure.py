@@ -18,7 +18,7 @@ from utils import InputError, print_once
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
+    parser = stage_parser(__doc__, classes=False)
     add_proxy_options(parser)
     parser.add_argument("--checkpoint", help="super-network folder or file (default: output/peelable/<model>)")
     parser.add_argument("--mask-table", help="width table (default: mask_table.json beside the checkpoint)")
