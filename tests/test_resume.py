@@ -320,13 +320,10 @@ def test_the_official_code_s_checkpoint_is_gone_on_from(tmp_path, capsys):
     assert "is of another program: its learning rate and schedule are taken over" in capsys.readouterr().out
 
 
-def test_defaults_give_way_and_what_was_asked_for_does_not(capsys):
+def test_defaults_give_way_with_a_note(capsys):
     run = new_run(None, warmup_epochs=5, epochs=3, min_lr=1.0)
     assert (run.args.warmup_epochs, run.args.min_lr) == (3, 0.01)
     assert "note: --warmup-epochs 5: --epochs is 3, so it is 3\n" in capsys.readouterr().out
-    args = training_args(proxy_samples=9, given=["proxy_samples"])
-    with pytest.raises(utils.InputError, match="--proxy-samples 9: there are 8"):
-        utils.at_most(args, "proxy_samples", 8, "there are 8")
 
 
 # ------------------------------------------------------------------------------------------ one run in a folder
