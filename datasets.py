@@ -237,6 +237,8 @@ def relabel(images, classes, flag, names=None):
 
 def check_classes(images, classes):
     """Raise InputError if the data set ``images`` has labels that a network of ``classes`` classes has no logit for."""
+    if not classes:
+        raise InputError("--nb-classes is required: neither the weights nor the data set say how many there are")
     own = images.num_classes or 0
     if own > classes:
         raise InputError(f"--nb-classes {classes}: the network has {classes} classes, the data set {own}")

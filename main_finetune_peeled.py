@@ -27,7 +27,7 @@ def main(args):
     widths = chosen_widths(loaded, args, device)
     subnet = cut(loaded, widths, args, device)
     images = datasets.load_images(args, train=True)
-    spec = fit_classifier(subnet, loaded.spec, images)
+    spec = fit_classifier(subnet, loaded.spec, images, args.nb_classes)
     subnet.to(device)
     output = utils.output_folder(args.output_dir or Path("output/finetune") / spec.name)
     train = datasets.train_loader(images, subnet, args)
@@ -41,7 +41,8 @@ def main(args):
 
     with run.files(output, lambda: {"config": description}):
         before = evaluate(subnet, test, device, args.amp)["top1"]
-        print_once(f"before fine-tuning: top-1 {before:.2f}, learning rate {run.lr:.2e}")
+        when = "so far" if checkpoint else "before fine-tuning"
+        print_once(f"{when}: top-1 {before:.2f}, learning rate {run.lr:.2e}")
         for epoch in run.epochs():
             train.sampler.set_epoch(epoch, run.images_done())
             figures, top1 = train_one_epoch(run, train, criterion, epoch, mixup), None
@@ -69,9 +70,11 @@ def chosen_widths(loaded, args, device):
     return choice.widths
 
 
-def fit_classifier(subnet, spec, images):
-    """Replace the classifier if the data set has another number of classes. Returns the ModelSpec that then holds."""
-    classes = images.num_classes or spec.num_classes
+def fit_classifier(subnet, spec, images, classes):
+    """Replace the classifier if it has not as many ``classes`` (default: those of the data set). Returns the ModelSpec
+    that then holds."""
+    classes = classes or images.num_classes or spec.num_classes
+    datasets.check_classes(images, classes)
     if classes != spec.num_classes:
         print_once(f"note: the classifier has {spec.num_classes} classes: replaced by a new one for {classes}")
         subnet.reset_classifier(classes)

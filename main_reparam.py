@@ -20,7 +20,7 @@ from models.wpac.compensation import COMPENSATION_NAME, compensation_of, save_co
 from models.wpac.density import densities
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES, collect_statistics
-from report import DENSITY_NAME, density, save_figure
+from report import DENSITY_NAME, TITLES, density, save_figure
 from utils import InputError, print_once
 
 # The options that report.json repeats: they say how the weights were made.
@@ -49,10 +49,10 @@ def check_options(args):
     """Fill in the order of hidden units. Raises InputError if it contradicts --no-compensation."""
     if args.mlp_order == "greedy" and not args.compensation:
         raise InputError("--mlp-order greedy needs what --no-compensation leaves out; use taylor")
-    if args.min_width and not args.compensation:
-        raise InputError(
-            "--min-width bounds the width table, which --no-compensation leaves out; give it to main_train.py"
-        )
+    for name in ("min_width", "multiple_of", "drop_ratio"):
+        if name in args.given and not args.compensation:
+            flag, why = f"--{name.replace('_', '-')}", "shapes the width table, which --no-compensation leaves out"
+            raise InputError(f"{flag} {why}; give it to main_train.py")
     args.mlp_order = args.mlp_order or ("greedy" if args.compensation else "taylor")
 
 
@@ -146,10 +146,10 @@ def print_concentration(own, errors):
     """Print how much of what each block carries sits in the first quarter of its dimensions."""
     lines = {}
     for branch in own:
-        values, name = errors[str(branch)], {"attn": "attention", "mlp": "MLP"}[branch.name]
+        values = errors[str(branch)]
         total = sum(values)
         share = f"{sum(values[: len(values) // 4]) / total:.1%}" if total else "nothing, as do all others"
-        lines.setdefault(branch.path, []).extend([] if branch.indivisible else [f"{share} ({name})"])
+        lines.setdefault(branch.path, []).extend([] if branch.indivisible else [f"{share} ({TITLES[branch.name]})"])
     for index, held in enumerate(lines.values()):
         print_once(f"block {index:2d}: first quarter of the dimensions holds {', '.join(held)}")
 

@@ -21,7 +21,7 @@ TOGETHER = 8
 
 
 def get_args(argv=None):
-    parser = options.stage_parser(__doc__)
+    parser = options.stage_parser(__doc__, classes=False)
     options.add_budget_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", help="folder of results.json and results.csv (default: output/test/<model>)")
@@ -82,7 +82,8 @@ def cutting_flags(args):
 
 
 def check_export(args):
-    """Raise InputError if packages that --export or --page needs are not installed, or if ranks would export alike."""
+    """Raise InputError if packages that --export or --page needs are not installed, if ranks would export alike, or if
+    --benchmark is to measure on a file."""
     utils.need(f"--export {' '.join(args.export)}", export.packages(args.export))
     utils.need("--page", ["plotly"] if args.page is not None else [])
     if args.export and utils.world_size() > 1:

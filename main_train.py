@@ -112,8 +112,6 @@ def build(args, device):
     # Strings: checkpoints hold the arguments, and nothing but plain values.
     args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path, weights)
     classes = args.nb_classes or images.num_classes or classes_of(state)
-    if not classes:
-        raise InputError(f"{path}: has no classifier, and the data set does not say its classes: give --nb-classes")
     datasets.check_classes(images, classes)
     spec = ModelSpec(args.model, classes, args.input_size)
     with utils.name_flag("--model"):
@@ -186,7 +184,7 @@ def restore_table(dropout, content, checkpoint, args):
     table = WidthTable.from_json(text, checkpoint) if text else WidthTable.load(checkpoint.parent / TABLE_NAME)
     table.check_fits(dropout.costs, checkpoint)
     if dropout.growth is None and dropout.table.steps != table.steps:
-        raise InputError(f"--mask-table {args.mask_table}: --resume {checkpoint} trains another table; leave it out")
+        raise InputError(f"--mask-table {args.mask_table}: --resume {checkpoint} trains another table; give that one")
     dropout.restore(table)
 
 

@@ -33,14 +33,15 @@ MODEL_HELP = "vit_tiny, vit_small, vit_base, or a name of timm's (python -m mode
 # ------------------------------------------------------------------------------------------ every stage
 
 
-def stage_parser(description):
-    """A parser with the options of every stage: model, data, machine."""
+def stage_parser(description, classes=True):
+    """A parser with the options of every stage: model, data, machine. classes: with --nb-classes."""
     parser = utils.StageParser(description=description)
     add = parser.add_argument_group("model").add_argument
     add("--model", help=MODEL_HELP)
     add("--input-size", type=interval("[1, 4096]", int), help="image size in pixels (default: the model's own)")
-    words = "classes, 0 for no classifier (default: those of the data set)"
-    add("--nb-classes", type=interval("[0, 1e6]", int), help=words)
+    if classes:
+        words = "classes, 0 for no classifier (default: those of the data set)"
+        add("--nb-classes", type=interval("[0, 1e6]", int), help=words)
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="data", help="folder of the data set")
     add("--data-set", default="IMNET", help=f"{', '.join(datasets.DATA_SETS)}, or timm's ImageFolder or torch/<name>")
@@ -50,7 +51,7 @@ def stage_parser(description):
     add("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     switch_off(add, "pin-mem", "do not pin memory for faster copies to the GPU")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=utils.device_name, default="auto", help="auto, cpu or cuda")
+    add("--device", type=utils.device_name, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="autocast type")
     add("--seed", type=interval("[0, 4294967295]", int), default=0, help="seed of everything random")
     return parser
@@ -178,7 +179,7 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     add = parser.add_argument_group("run").add_argument
     add("--resume", help="a checkpoint of this stage to go on from; auto: the newest in --output-dir, if any")
     add("--keep-last", type=positive_int, default=2, help="checkpoints to keep, beside the best")
-    add("--save-every-steps", type=non_negative_int, default=0, help="updates between checkpoints within an epoch")
+    add("--save-every-steps", type=non_negative_int, default=0, help="updates between checkpoints in an epoch; 0: none")
     add("--skip-nonfinite", type=non_negative_int, default=0, help="updates to leave out for a loss that is not finite")
     add("--eval-period", type=positive_int, default=1, help="epochs between two evaluations")
     add("--tensorboard", action="store_true", help="write what the log has for TensorBoard too, into --output-dir")
@@ -272,7 +273,7 @@ def add_budget_options(parser):
     add("--latency-ms", type=quantity, nargs="+", help="milliseconds per batch, measured on this device")
     add("--latency-device", help="cpu, cuda, or a latency_*.json that --benchmark wrote elsewhere (default: --device)")
     add("--latency-batch-size", type=interval("[1, 65536]", int), default=1, help="images per batch for latencies")
-    add("--finer", action="store_true", help="use what a budget leaves for widths between two steps of the table")
+    add("--finer", action="store_true", help="use what a budget of MACs or parameters leaves for widths between steps")
 
 
 def checkpoint_path(args):

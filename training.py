@@ -221,7 +221,7 @@ class TrainingRun:
 
         'auto' passes over what cannot be gone on from. Raises InputError if nothing else is there.
         """
-        first = None
+        tried = []
         for path in to_resume(self.args.resume, output):
             try:
                 return path, self.restore(path)
@@ -229,9 +229,12 @@ class TrainingRun:
                 if self.args.resume != "auto" or isinstance(error, FlagsDiffer):
                     raise
                 print_once(f"note: passed over: {error}")
-                first = first or error
-        if first:
-            raise first
+                tried.append(path.name)
+        if tried:
+            raise InputError(
+                f"--resume auto: {output} holds nothing to go on from, of {', '.join(tried)} (the notes say why); give "
+                "a whole copy as --resume FILE, or start anew in another --output-dir"
+            )
         return None, {}
 
     def restore(self, path):

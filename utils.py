@@ -43,18 +43,22 @@ class SizeError(ModelError):
     """An image size that a model cannot have. The message begins with the size."""
 
 
-class TableError(InputError):
-    """A width table that was found beside weights and is not theirs. It can be used all the same, if it is named."""
+class NotNamed(InputError):
+    """What can be used if the user names it; the message ends with that advice. argument: by which it is named."""
+
+    def __init__(self, message, argument):
+        super().__init__(message)
+        self.argument = argument
 
 
 @contextmanager
 def name_flag(flag, file_flag=None):
     """Put ``flag``, or the image size's, in front of a ModelError about its value, and name the flags that would do:
-    that of a file of weights, or of a width table."""
+    that of a file of weights, or of what is to be named."""
     try:
         yield
-    except TableError as error:
-        raise InputError(f"{error}; to use it all the same, give it as --mask-table") from None
+    except NotNamed as error:
+        raise InputError(f"{error} by --{error.argument.replace('_', '-')}") from None
     except SizeError as error:
         raise InputError(f"--input-size {error}") from None
     except ModelError as error:

@@ -125,7 +125,10 @@ def make_folders():
     run_stage("main_test.py --checkpoint net --op-code 0 --save stranger --output-dir results")
     config = Path("stranger/config.json")
     config.write_text(config.read_text().replace('"model_args": {', '"model_args": {"checkpoint_path": "pickle.pth", '))
-    shutil.copytree("net", "mixed")
+    for name in ("mixed", "unsaid"):
+        shutil.copytree("net", name)
+    path = Path("unsaid/mask_table.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"meta": {}}))
     torch.save({"model": torch.load("weights.pth")["model"]}, "mixed/reparamed.pth")
 
 

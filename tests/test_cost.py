@@ -4,11 +4,10 @@ import sys
 from argparse import Namespace
 
 import pytest
-from conftest import ROOT, TINY_WIDTHS, fused_attention, macs_by_fvcore, random_images, tiny_supernet
+from conftest import ROOT, fused_attention, macs_by_fvcore, random_images
 
 import options
-from models.subnet.extract import extract
-from models.vit.cost import MATMULS, Costs
+from models.vit.cost import MATMULS
 from models.vit.pretrained import ModelSpec
 from models.vit.widths import Widths
 
@@ -32,16 +31,6 @@ def test_full_size_figures_equal_the_papers_to_the_printed_digit_and_fvcores(nam
     assert f"{costs.macs(costs.full) / 1e9:.2f} G" == macs
     assert f"{costs.macs(costs.full, MATMULS) / 1e9:.2f} G" == with_matmuls
     assert f"{costs.parameters(costs.full) / 1e6:.2f} M" == parameters
-
-
-@pytest.mark.parametrize("widths", TINY_WIDTHS)
-def test_macs_and_parameters_of_extracted_networks(widths):
-    """Without a class token; test_families.py has the others."""
-    with fused_attention(False):
-        supernet = tiny_supernet(class_token=False, global_pool="avg")
-    costs, subnet = Costs.of(supernet), extract(supernet, widths)
-    assert macs_by_fvcore(subnet, random_images(1)) == costs.macs(widths, MATMULS)
-    assert sum(p.numel() for p in subnet.parameters()) == costs.parameters(widths)
 
 
 @pytest.mark.parametrize("row", published.ROWS, ids=lambda row: f"{row['model']}-{row['step']}")

@@ -292,7 +292,9 @@ def test_all_four_stages_with_the_same_commands(key, tmp_path, monkeypatch, caps
         )
         (row,), costs = json.loads((folder / "results.json").read_text())["rows"], load_supernet(folder).costs
         assert row["macs"] <= 0.5 * costs.macs(costs.full) and row["top1"] > 0 and "knowledge.png" in printed
-    stage(main_finetune_peeled, "--checkpoint", two, "--macs-ratio", 0.5, "--output-dir", tuned, *TRAINING)
+    tuning = "--checkpoint", two, "--macs-ratio", 0.5, "--output-dir", tuned, *TRAINING
+    assert "before fine-tuning: top-1 " in stage(main_finetune_peeled, *tuning)
+    assert "so far: top-1 " in stage(main_finetune_peeled, *tuning, "--resume", "auto")
     stage(main_test, "--checkpoint", tuned, "--output-dir", tuned)
     assert json.loads((tuned / "results.json").read_text())["rows"][0]["widths"] is not None
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from runs import CONTEXT
-from test_bad_input import COMMON, module_of, run_stage
+from test_bad_input import COMMON, parser_of, run_stage
 
 import utils
 from models.vit.pretrained import ModelSpec, read_checkpoint, save_checkpoint
@@ -60,13 +60,9 @@ def command_lines(draw):
 
 
 def actions_of(script):
-    parsers = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.StageParser, "parse_args", lambda self, argv=None: parsers.append(self))
-        module_of(script).get_args([])
     # Not the help, and no hours of work that the flags ask for rightly.
     left_out = {"-h", "--epochs", "--num-workers", "--input-size", "--latency-batch-size", "--export"}
-    return [action for action in parsers[0]._actions if action.option_strings[0] not in left_out]
+    return [action for action in parser_of(script)._actions if action.option_strings[0] not in left_out]
 
 
 def damage(draw, path):

@@ -18,6 +18,7 @@ from models.vit.supernet import as_supernet, current_widths, full_widths
 from models.vit.weights import digest
 from models.vit.widths import Widths
 from models.wpac.compensation import COMPENSATION_NAME, save_compensation
+from tools import measure
 from utils import InputError
 
 IMAGES = random_images(3)
@@ -46,6 +47,15 @@ def test_the_page_says_what_happens(folder):
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
     assert result.attempted > 15 and not result.failed
     assert list(folder.glob("latency_*_batch8_16px_none.json"))
+
+
+def test_a_network_is_measured_from_one_reading_of_its_checkpoint(folder, monkeypatch):
+    (folder / COMPENSATION_NAME).unlink()
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **kwargs: read.append(file) or load(file, **kwargs))
+    flags = f"--checkpoint {folder} --data-set DIGITS --device cpu --num-workers 0 --proxy-samples 16"
+    measure.main(measure.get_args(flags.split()))
+    assert read == [folder / WEIGHTS_NAME] and load_supernet(folder).compensation
 
 
 @torch.no_grad()

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from conftest import tiny_supernet
 
-import main_test
 import report
 from models.piad.width_table import WidthTable
 from models.subnet.store import SuperNetwork
@@ -84,12 +82,6 @@ def test_the_slider_moves_and_the_figures_follow_in_a_browser(path):
         view.wait_for_function("window.getSelection().toString() == 'python main_test.py --op-code 6'")
         browser.close()
     assert not wrong and fetched == [path.as_uri()]
-
-
-def test_a_missing_plotly_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--page needs plotly: pip install plotly"):
-        main_test.check_export(Namespace(page=[], export=[]))
 
 
 def test_what_is_laid_over_a_page_must_be_results(tmp_path):

@@ -125,8 +125,12 @@ def test_auto_passes_over_what_is_damaged(tmp_path, capsys):
         training.to_resume(None, tmp_path)
     for path in (*paths, tmp_path / training.MID_EPOCH_NAME):
         path.write_bytes(b"")
-    with pytest.raises(utils.InputError, match=r"checkpoint_2\.pth: not a readable checkpoint"):
+    with pytest.raises(utils.InputError) as caught:
         new_run(tmp_path).resume(tmp_path)
+    tried = "checkpoint_2.pth, checkpoint_1.pth, checkpoint_0.pth, mid_epoch.pth (the notes say why)"
+    advice = "give a whole copy as --resume FILE, or start anew in another --output-dir"
+    assert str(caught.value) == f"--resume auto: {tmp_path} holds nothing to go on from, of {tried}; {advice}"
+    assert f"{paths[0]}: not a readable checkpoint" in capsys.readouterr().out
 
 
 def test_a_mid_epoch_file_counts_by_its_position(whole, tmp_path):
@@ -316,13 +320,10 @@ def test_the_official_code_s_checkpoint_is_gone_on_from(tmp_path, capsys):
     assert "is of another program: its learning rate and schedule are taken over" in capsys.readouterr().out
 
 
-def test_defaults_give_way_and_what_was_asked_for_does_not(capsys):
+def test_defaults_give_way_with_a_note(capsys):
     run = new_run(None, warmup_epochs=5, epochs=3, min_lr=1.0)
     assert (run.args.warmup_epochs, run.args.min_lr) == (3, 0.01)
     assert "note: --warmup-epochs 5: --epochs is 3, so it is 3\n" in capsys.readouterr().out
-    args = training_args(proxy_samples=9, given=["proxy_samples"])
-    with pytest.raises(utils.InputError, match="--proxy-samples 9: there are 8"):
-        utils.at_most(args, "proxy_samples", 8, "there are 8")
 
 
 # ------------------------------------------------------------------------------------------ one run in a folder

@@ -11,30 +11,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import datasets
 import utils
 from models.subnet.store import load_supernet
-from models.vit.pretrained import read_checkpoint
 from models.wpac.compensation import COMPENSATION_NAME, measure_compensation, save_compensation
 from models.wpac.statistics import OBJECTIVES
 from options import add_proxy_options, checkpoint_path, stage_parser
 from utils import InputError, print_once
 
 
-def get_args():
-    parser = stage_parser(__doc__)
+def get_args(argv=None):
+    parser = stage_parser(__doc__, classes=False)
     add_proxy_options(parser)
     parser.add_argument("--checkpoint", help="super-network folder or file (default: output/peelable/<model>)")
+    parser.add_argument("--mask-table", help="width table (default: mask_table.json beside the checkpoint)")
     parser.add_argument("--use-ema", action="store_true", help="measure the averaged weights")
-    parser.add_argument(
-        "--output", type=Path, help=f"file to write (default: {COMPENSATION_NAME} beside the checkpoint)"
-    )
-    return parser.parse_args()
+    words = f"file to write (default: {COMPENSATION_NAME} beside the checkpoint)"
+    parser.add_argument("--output", type=Path, help=words)
+    return parser.parse_args(argv)
 
 
 def main(args):
     device = utils.start_up(args)
     path = checkpoint_path(args)
-    if read_checkpoint(path).get("compensation"):
+    named = {name: getattr(args, name) for name in ("model", "input_size", "mask_table", "use_ema")}
+    with utils.name_flag("--model"):
+        loaded = load_supernet(path, compensate=False, **named)
+    if loaded.began:
         raise InputError(f"{path}: was trained with the compensation of stage 1, and is cut with it")
-    loaded = load_supernet(path, model=args.model, input_size=args.input_size, use_ema=args.use_ema, compensate=False)
     supernet = loaded.supernet.to(device)
     proxy = datasets.proxy_loader(datasets.load_images(args, train=True), supernet, args, "proxy_samples")
     compensation = measure_compensation(supernet, proxy, OBJECTIVES[args.objective], args.amp)

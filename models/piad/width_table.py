@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import utils
 from models.vit.cost import MATMULS
 from models.vit.widths import Widths, branch_names
-from utils import InputError, TableError
+from utils import InputError, NotNamed
 
 TABLE_NAME = "mask_table.json"
 FORMAT_VERSION = 1
@@ -77,10 +77,10 @@ class WidthTable:
         utils.save_text(self.to_json(), path)
 
     def check_made_for(self, weights, source):
-        """Raise TableError if the table is known to be made for others than ``weights``, a digest. Tables of stage 1
+        """Raise NotNamed if the table is known to be made for others than ``weights``, a digest. Tables of stage 1
         know theirs; published ones do not."""
         if self.meta.get("weights", weights) != weights:
-            raise TableError(f"{source}: made for other weights than these")
+            raise NotNamed(f"{source}: made for other weights than these; to use it anyway, name it", "mask_table")
 
     def check_fits(self, costs, source):
         """Raise InputError unless the table is one of the network with ``costs``: it starts at the full widths, and

@@ -24,7 +24,7 @@ from models.vit.supernet import as_stock, as_supernet, set_widths
 from models.vit.weights import digest
 from models.vit.widths import Widths
 from models.wpac.compensation import COMPENSATION_NAME, attach, compensate, load_compensation
-from utils import InputError, TableError
+from utils import InputError, NotNamed
 
 WEIGHTS_NAME = "reparamed.pth"
 # In a folder without numbered checkpoints, the first of these; the second and the third are the paper's own code's.
@@ -40,7 +40,8 @@ class SuperNetwork:
     op_code=160 (a step of the table), and then the largest sub-network within it.
 
     weights: their digest. compensation: 2L Compensation, if what is cut is to be compensated. one_size: it is a
-    sub-network already, so that ``supernet`` is a stock network and the table has one step.
+    sub-network already, so that ``supernet`` is a stock network and the table has one step. began: the digest of the
+    weights that training began from, if it trained compensated slices.
     """
 
     supernet: nn.Module
@@ -51,6 +52,7 @@ class SuperNetwork:
     weights: str
     compensation: list | None = None
     one_size: bool = False
+    began: str | None = None
 
     def __repr__(self):
         how = "compensated" if self.compensation else "as plain slices"
@@ -175,7 +177,7 @@ def load_supernet(
     if compensate is None:
         compensate = bool(compensation or began) or file.is_file()
     known = load_compensation(file, supernet, began or weights) if compensate else None
-    return SuperNetwork(supernet, spec, table, costs, path, weights, known)
+    return SuperNetwork(supernet, spec, table, costs, path, weights, known, began=began)
 
 
 def _load_one_size(path, config, state, input_size, weights, kwargs):
@@ -201,11 +203,12 @@ def _load_one_size(path, config, state, input_size, weights, kwargs):
 def _agreed(beside, inside, table_path, path):
     """The table inside a checkpoint. The one beside it may be longer or shorter by what a stopped run had not saved.
 
-    Raises TableError if they are of different runs.
+    Raises NotNamed if they are of different runs.
     """
     common = min(beside.last, inside.last) + 1
     if beside.steps[:common] != inside.steps[:common]:
-        raise TableError(f"{table_path}: not the table that {path.name} was trained with")
+        words = f"{table_path}: not the table that {path.name} was trained with; to use it anyway, name it"
+        raise NotNamed(words, "mask_table")
     return beside if beside.last == inside.last else inside
 
 
@@ -214,7 +217,7 @@ def _model_name(table, content, path):
     for name in (table.meta.get("model"), getattr(content.get("args"), "model", None), folder):
         if name and isinstance(name, str):
             return name
-    raise InputError(f"{path}: does not say which model it is; name the model")
+    raise NotNamed(f"{path}: does not say which model it is; name it", "model")
 
 
 def subnet_config(subnet, spec, widths, costs, crop_ratio):
