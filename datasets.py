@@ -298,10 +298,8 @@ def eval_transform(args, config):
     """DeiT's evaluation transform: resize by 1 / crop ratio, crop the centre. Images of up to 32 pixels are only
     resized."""
     size = config["img_size"]
-    resize = [T.Resize((size, size), T.InterpolationMode.BICUBIC)]
-    if size > 32:
-        resize = [T.Resize(int(size / args.eval_crop_ratio), T.InterpolationMode.BICUBIC), T.CenterCrop(size)]
-    return T.Compose([*resize, T.ToTensor(), T.Normalize(config["mean"], config["std"])])
+    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if size <= 32 else {"crop_pct": args.eval_crop_ratio}
+    return create_transform(size, interpolation="bicubic", mean=config["mean"], std=config["std"], **crop)
 
 
 def data_config(model):
