@@ -26,7 +26,6 @@ class Transform(Enum):
     VO_BASIS = "V/O basis"
     QK_BASIS = "Q/K basis"
     MEAN_FOLDING = "mean folding"
-    HIDDEN_ORDER = "hidden order"
     COMPENSATION = "compensation"
     CALIBRATION = "calibration"
 
