@@ -400,7 +400,7 @@ class ImageLoader:
                 raise InputError(f"{name}: label {label} is none of the data set's {self.classes or ''} classes")
 
     def _together(self):
-        """What the loader gives, between questions whether to stop: as many on all ranks, whose shares may differ."""
+        """The loader's batches. All ranks ask equally often whether to stop, though one may have a batch less."""
         images = self.loader.batch_size * utils.world_size()
         batches = iter(utils.progress(self.loader, self.title, images=images))
         for _ in range(max(utils.gather(len(self.loader)))):
@@ -425,8 +425,8 @@ class ImageLoader:
 
 
 def report_bad_images(loader, title):
-    """Print how many images of the last pass over ``loader`` could not be read, over all ranks, unless they are those
-    of the last report. To be called by all ranks. Raises InputError if no image could be read."""
+    """Print how many images could not be read in the last pass of all ranks over ``loader``, unless the last report
+    named the same. To be called by all ranks. Raises InputError if no image could be read."""
     if not isinstance(loader, ImageLoader) or not loader.skip:
         return
     passes = utils.gather((loader.bad, loader.seen))

@@ -35,8 +35,8 @@ class Units:
         """The units of a network.
 
         indivisible: [2L], the branches that are one unit (default: none). least: Widths to keep everywhere (default:
-        none), which are rounded up to units. multiple_of: units of MLPs are multiples of so many hidden units, and
-        those of heads of 8 dimensions. Raises InputError if a full width is not positive.
+        none), rounded up to units. multiple_of: the size of an MLP's unit is a multiple of it, that of a head's unit a
+        multiple of 8. Raises InputError if a full width is not positive.
         """
         if not full.flat or min(full.flat) < 1:
             raise InputError(f"the widths {list(full.flat)} of the full network must all be positive")
