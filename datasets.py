@@ -300,10 +300,8 @@ def eval_transform(args, config):
     """DeiT's evaluation transform: resize by 1 / crop ratio, crop the centre. Images of up to 32 pixels are only
     resized."""
     size = config["img_size"]
-    resize = [T.Resize((size, size), T.InterpolationMode.BICUBIC)]
-    if size > 32:
-        resize = [T.Resize(int(size / args.eval_crop_ratio), T.InterpolationMode.BICUBIC), T.CenterCrop(size)]
-    return T.Compose([*resize, T.ToTensor(), T.Normalize(config["mean"], config["std"])])
+    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if size <= 32 else {"crop_pct": args.eval_crop_ratio}
+    return create_transform(size, interpolation="bicubic", mean=config["mean"], std=config["std"], **crop)
 
 
 def data_config(model):
@@ -404,7 +402,7 @@ class ImageLoader:
                 raise InputError(f"{name}: label {label} is none of the data set's {self.classes or ''} classes")
 
     def _together(self):
-        """What the loader gives, between questions whether to stop: as many on all ranks, whose shares may differ."""
+        """The loader's batches. All ranks ask equally often whether to stop, though one may have a batch less."""
         images = self.loader.batch_size * utils.world_size()
         batches = iter(utils.progress(self.loader, self.title, images=images))
         for _ in range(max(utils.gather(len(self.loader)))):
@@ -429,8 +427,8 @@ class ImageLoader:
 
 
 def report_bad_images(loader, title):
-    """Print how many images of the last pass over ``loader`` could not be read, over all ranks, unless they are those
-    of the last report. To be called by all ranks. Raises InputError if no image could be read."""
+    """Print how many images could not be read in the last pass of all ranks over ``loader``, unless the last report
+    named the same. To be called by all ranks. Raises InputError if no image could be read."""
     if not isinstance(loader, ImageLoader) or not loader.skip:
         return
     passes = utils.gather((loader.bad, loader.seen))

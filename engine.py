@@ -27,7 +27,7 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
     """One epoch of ``run`` (TrainingRun), or what is left of it.
 
     All randomness comes from (seed, global step, rank), so that a resumed run repeats an uninterrupted one. An update
-    takes ``--accum-iter`` batches, all through the same sub-networks: it equals one of a batch so many times larger.
+    sums ``--accum-iter`` batches through the same sub-networks, as if they were one batch.
 
     Args:
         loader: batches of this rank, from where the epoch stands.
@@ -151,7 +151,7 @@ def evaluate_all(sizes, loader, device, amp="none"):
 
 @torch.inference_mode()
 def features(model, loader, device, amp="none"):
-    """(what a network gives out [N, D] float32, labels [N]) over a loader and all ranks, as NumPy arrays."""
+    """(outputs of a network [N, D] float32, labels [N]) over a loader and all ranks, as NumPy arrays."""
     model.eval()
     columns = []
     for images, labels, _ in loader:

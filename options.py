@@ -229,7 +229,7 @@ def add_distillation_options(parser):
 
 
 def check_distillation(args):
-    """Raise InputError if there is a teacher and no use for it."""
+    """Raise InputError if a teacher is named that would not be used."""
     if args.teacher_model and args.distillation_type not in ("soft", "hard"):
         raise InputError(f"--teacher-model {args.teacher_model}: add --distillation-type soft or hard")
     if args.teacher_path and not args.teacher_model:

@@ -136,7 +136,7 @@ class TrainingRun:
         self._save_epoch(best)
 
     def _clock(self):
-        """Figures of the epoch that is under way which are not the same in every run."""
+        """Times and memory of the epoch that is under way: they differ from run to run."""
         watch, first = self.begun
         left = watch.seconds() / (self.epoch + 1 - first) * (self.args.epochs - self.epoch - 1)
         clock = {"seconds": round(self.watch.seconds(), 1), "minutes_left": round(left / 60, 1)}
@@ -167,7 +167,7 @@ class TrainingRun:
             raise
 
     def _give_up_what_is_later(self):
-        """Rename what the folder holds beyond where the run goes on, so that neither 'auto' nor stage 3 finds it."""
+        """Rename checkpoints that are later than the resumed one, so that neither 'auto' nor stage 3 finds them."""
         here, found = (self.epoch, self.updates), numbered_checkpoints(self.output)
         later = [path for number, path in found.items() if number >= self.epoch]
         others = [self.output / MID_EPOCH_NAME, self.output / BEST_NAME]
@@ -195,7 +195,7 @@ class TrainingRun:
         }
 
     def _save_epoch(self, best):
-        """After a complete epoch: checkpoint_<epoch>.pth, and if it is the ``best`` that too; drop what it replaces.
+        """Write checkpoint_<epoch>.pth after a complete epoch, and BEST_NAME if it is the ``best``. Remove old ones.
 
         The best is written first: a run stopped in between writes it again, and never has a record without its file.
         """

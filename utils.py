@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import fcntl
-import hashlib
 import importlib.util
 import io
 import json
@@ -244,7 +243,7 @@ def table_text(lines):
     return "\n".join("  ".join(row) for row in rows)
 
 
-# In the environment: what ends a stage is a traceback again.
+# Set in the environment, it makes a stage that fails print its traceback.
 TRACEBACK = "SKD_TRACEBACK"
 
 
@@ -289,7 +288,7 @@ def run_stage(main, args):
 
 
 def _another_rank_says(error):
-    """Whether another rank says what is wrong: torchrun then sends SIGTERM within a moment.
+    """Whether another rank prints the error: torchrun then sends SIGTERM within a moment.
 
     A broken connection is another rank's doing. Any other error is for this rank to tell, unless rank 0 does.
     """
@@ -337,7 +336,7 @@ def catch_signals(*numbers):
 
 
 def ignore_signals(_worker=None):
-    """In a data loading process. Slurm and torchrun signal it too, but the run that it works for says when to end."""
+    """For data loading processes: Slurm and torchrun signal them too, but the training run ends them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -360,7 +359,7 @@ SECONDS_BETWEEN_LINES = 30
 def progress(batches, title, done=0, images=0):
     """Go through ``batches`` with a progress bar on the main rank, or without a terminal a line now and then.
 
-    done: batches that went before. images: in a batch of all ranks, for the line.
+    done: the number of batches before these. images: the number of images in a batch, of all ranks together.
     """
     disable = None if is_main() else True
     bar = tqdm(batches, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done)
@@ -491,8 +490,8 @@ def all_reduce_max(tensor):
 
 
 def all_the_same(text):
-    """Whether every rank has the same ``text``, by a digest of it. To be called by all ranks."""
-    return len(set(gather(hashlib.sha256(text.encode()).hexdigest()))) == 1
+    """Whether every rank has the same ``text``. To be called by all ranks."""
+    return len(set(gather(text))) == 1
 
 
 def from_main(compute):

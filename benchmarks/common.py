@@ -15,8 +15,9 @@ import datasets
 import main_train
 import utils
 from engine import mixup_and_criterion, train_one_epoch
-from models.piad.dropout import DropoutList, Growth, steps_by_error
+from models.piad.dropout import DropoutList, Growth, grow, steps_by_error
 from models.piad.importance import Units
+from models.piad.width_table import WidthTable
 from models.subnet.budget import Budget
 from models.subnet.extract import extract
 from models.vit.cost import Costs
@@ -49,6 +50,24 @@ def arguments(description, **flags):
 def random_supernet(name):
     """A super-network of 1,000 classes with random weights."""
     return as_supernet(ModelSpec(name, 1000).build().eval())
+
+
+def random_table(name):
+    """(super-network with random weights, its Costs, WidthTable by random importance)."""
+    supernet, generator = random_supernet(name), torch.Generator().manual_seed(0)
+    costs = Costs.of(supernet)
+    units, steps = Units.of(costs.full), [costs.full]
+    draws = [torch.rand(count, generator=generator) for count in units.counts(costs.full)]
+    importance = [draw.sort(descending=True).values.tolist() for draw in draws]
+    grow(steps, importance, units, costs.macs, (1 - DROP_RATIO) * costs.macs(costs.full))
+    return supernet, costs, WidthTable(steps)
+
+
+def random_batches(model, count, size):
+    """``count`` random images for ``model`` as proxy batches (images, labels, positions) of ``size``."""
+    positions = torch.arange(count)
+    tensors = (torch.randn(count, *image_shape(model)), positions % model.num_classes, positions)
+    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
 class Bench:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import common
 import torch
-from stage3_cost import make
 
 import utils
 from models.subnet import export, latency
@@ -46,7 +45,7 @@ def largest_difference(networks, device):
 def main(args):
     torch.set_num_threads(args.threads)
     device = utils.choose_device(args.device, "--device")
-    supernet, costs, table = make(args.model)
+    supernet, costs, table = common.random_table(args.model)
     many = common.at_shares(table, costs, SHARES.values())
     with tempfile.TemporaryDirectory() as folder:
         networks = []

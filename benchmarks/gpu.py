@@ -10,13 +10,11 @@ from pathlib import Path
 import common
 import torch
 import torch.distributed as dist
-from stage3_cost import make
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import utils
 from models.subnet import latency
-from models.vit.pretrained import image_shape
 from models.vit.supernet import compile_branches, current_widths
 from models.vit.widths import Widths
 from models.wpac.density import densities
@@ -64,9 +62,8 @@ def stage1(case, device):
     """
     rows = []
     for name in case.models:
-        original, positions = common.random_supernet(name).to(device), torch.arange(case.images)
-        tensors = (torch.randn(case.images, *image_shape(original)), positions % 1000, positions)
-        batches = list(zip(*(tensor.split(64) for tensor in tensors), strict=True))
+        original = common.random_supernet(name).to(device)
+        batches = common.random_batches(original, case.images, 64)
         reference, held = None, {}
         for amp in ("none", "bf16"):
             supernet = copy.deepcopy(original)
@@ -102,7 +99,7 @@ def steps(case, device):
     """Rows: images/s of stage 2's steps at shares of the MACs, and the peak memory of all of them."""
     rows = []
     for name in case.models:
-        _, costs, table = make(name)
+        _, costs, table = common.random_table(name)
         many = common.at_shares(table, costs, case.shares)
         for words, amp, change in variants(case):
             torch.compiler.reset()
@@ -116,7 +113,7 @@ def steps(case, device):
 
 def shapes(case, device):
     """Rows: images/s of extracted networks by head width, by hidden width, and uniform against ragged."""
-    supernet, costs, table = make(case.subject)
+    supernet, costs, table = common.random_table(case.subject)
     depth, head, hidden = len(costs.full.attn), costs.full.attn[0], costs.full.mlp[0]
     many = {f"heads of {d}": Widths((d,) * depth, costs.full.mlp) for d in range(8, head + 1, 8)}
     for unit in (8, 32, 64, 128):

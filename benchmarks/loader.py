@@ -9,7 +9,6 @@ import common
 import numpy as np
 import torch
 from PIL import Image
-from stage3_cost import make
 
 import datasets
 import main_train
@@ -48,7 +47,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     device = utils.choose_device(args.device, "--device")
     amp = utils.resolve_amp("auto", device)
-    supernet, costs, table = make(args.model)
+    supernet, costs, table = common.random_table(args.model)
     many = [costs.full, *common.at_shares(table, costs, [0.5]), table.steps[-1]]
     with tempfile.TemporaryDirectory() as folder:
         size = make_images(Path(folder), args.images)

@@ -1,13 +1,12 @@
 """What measuring the sensitivity of all 2L branches costs, against running the whole network without each of them."""
 
-from statistics import median_high
+from functools import partial
 
 import common
 import torch
 
 import utils
 from models.piad.importance import branch_removal
-from models.vit.pretrained import image_shape
 from models.vit.supernet import branches
 
 
@@ -22,16 +21,17 @@ def one_by_one(supernet, images):
 
 
 def main(args):
-    device, plain, replayed = torch.device(args.device), [], []
+    device = torch.device(args.device)
     supernet = common.random_supernet(args.model).to(device)
-    images = torch.randn(args.images, *image_shape(supernet), device=device)
-    for _ in range(args.repeats):
+    batches = common.random_batches(supernet, args.images, args.images)
+
+    def seconds(work, subject):
         watch = utils.Stopwatch(device)
-        one_by_one(supernet, images)
-        plain.append(watch.seconds())
-        branch_removal(supernet, [(images, torch.zeros(args.images, dtype=torch.long), None)])
-        replayed.append(watch.seconds() - plain[-1])
-    one, other = median_high(plain), median_high(replayed)
+        work(supernet, subject)
+        return watch.seconds()
+
+    works = [partial(seconds, one_by_one, batches[0][0].to(device)), partial(seconds, branch_removal, batches)]
+    one, other = common.in_turns(works, args.repeats)
     on = f"{torch.get_num_threads()} thread(s) of {utils.machine_name(device)}, medians of {args.repeats}"
     print(f"{args.model}, {args.images} images, {on}")
     print(f"{len(branches(supernet)) + 1} forward passes {one:.2f} s, replayed {other:.2f} s, ratio {other / one:.2f}")

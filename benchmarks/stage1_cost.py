@@ -66,9 +66,8 @@ def main(args):
             subprocess.run([sys.executable, *sys.argv, "--part", part], check=True, env=os.environ | more)
         return
     torch.manual_seed(0)
-    supernet, positions = common.random_supernet(args.model), torch.arange(args.images)
-    tensors = (torch.randn(args.images, 3, 224, 224), positions % 1000, positions)
-    batches = list(zip(*(tensor.split(args.batch_size) for tensor in tensors), strict=True))
+    supernet = common.random_supernet(args.model)
+    batches = common.random_batches(supernet, args.images, args.batch_size)
     figures = measure_cut(supernet, batches) if part == "cut" else measure_pass(part, supernet, batches)
     about = {"machine": utils.machine_name(CPU), "mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_")}
     print(json.dumps(vars(args) | about | figures), flush=True)

@@ -11,27 +11,13 @@ import common
 import torch
 
 import utils
-from models.piad.dropout import grow
-from models.piad.importance import Units
 from models.piad.width_table import WidthTable
 from models.subnet import latency
 from models.subnet.extract import extract
-from models.vit.cost import Costs
 from models.vit.widths import Widths
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 0.96875, 1)
 UNIFORM = ((0.5, 0.5), (0.5, 0.484375), (0.25, 0.625), (0.375, 0.3125), (0.25, 0.34375), (0.125, 0.4375))
-
-
-def make(name):
-    """(super-network, its Costs, WidthTable by random importance)."""
-    supernet, generator = common.random_supernet(name), torch.Generator().manual_seed(0)
-    costs = Costs.of(supernet)
-    units, steps = Units.of(costs.full), [costs.full]
-    draws = [torch.rand(count, generator=generator) for count in units.counts(costs.full)]
-    importance = [draw.sort(descending=True).values.tolist() for draw in draws]
-    grow(steps, importance, units, costs.macs, 0.125 * costs.macs(costs.full))
-    return supernet, costs, WidthTable(steps)
 
 
 def median(work, *arguments):
@@ -77,9 +63,10 @@ def main(args):
     torch.set_num_threads(args.threads)
     device = utils.choose_device(args.device, "--device")
     results = {"machine": utils.machine_name(torch.device("cpu")), "threads": args.threads}
-    results[f"cutting {args.model}"] = cutting(*make(args.model))
+    results[f"cutting {args.model}"] = cutting(*common.random_table(args.model))
     for size in args.batch_sizes:
-        results[f"speed of {args.latency_model}, batch {size}"] = speed(*make(args.latency_model), device, size)
+        found = speed(*common.random_table(args.latency_model), device, size)
+        results[f"speed of {args.latency_model}, batch {size}"] = found
     print(json.dumps(results, indent=1))
 
 

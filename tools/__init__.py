@@ -1,1 +1,1 @@
-"""Programs beside the four stages, and what the stages print and draw."""
+"""Programs beside the four stages."""

@@ -107,7 +107,7 @@ def draw_step(weights, seed, global_step, *stream):
 
 @dataclass(frozen=True)
 class Growth:
-    """How the list grows: over ``epochs`` epochs, until ``drop_ratio`` of the MACs are gone. measure: a key of
+    """How the list grows: over ``epochs`` epochs, until ``drop_ratio`` of the MACs is gone. measure: a key of
     importance.MEASURES; objective: a key of statistics.OBJECTIVES; amp: autocast."""
 
     epochs: int = 50
@@ -142,7 +142,7 @@ class DropoutList:
 
     @property
     def loses_branches(self):
-        """Whether a sub-network of the list has, or may come to have, no more of a branch."""
+        """Whether a sub-network of the list lacks a branch, or may lack one when the list has grown."""
         return self.growth is not None or 0 in self.table.steps[-1].flat
 
     def _cost_of_last(self):

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import utils
-from models.vit.supernet import Replay, block_inputs, branches, swapped
+from models.vit.supernet import Replay, block_inputs, branches, frozen, swapped
 from models.vit.widths import Widths, branch_names
 from utils import InputError
 
@@ -35,8 +35,8 @@ class Units:
         """The units of a network.
 
         indivisible: [2L], the branches that are one unit (default: none). least: Widths to keep everywhere (default:
-        none), which are rounded up to units. multiple_of: units of MLPs are multiples of so many hidden units, and
-        those of heads of 8 dimensions. Raises InputError if a full width is not positive.
+        none), rounded up to units. multiple_of: the size of an MLP's unit is a multiple of it, that of a head's unit a
+        multiple of 8. Raises InputError if a full width is not positive.
         """
         if not full.flat or min(full.flat) < 1:
             raise InputError(f"the widths {list(full.flat)} of the full network must all be positive")
@@ -97,18 +97,14 @@ def branch_removal(supernet, batches, measure="cost", amp="none"):
     about L + 1 forward passes in place of 2L + 1. Returns (value, [2L values without a branch]). Removing what is
     gone already changes nothing.
     """
-    training, own = supernet.training, branches(supernet)
-    device = next(supernet.parameters()).device
+    own, device = branches(supernet), next(supernet.parameters()).device
     sums, count = torch.zeros(1 + len(own), dtype=torch.float64, device=device), 0
-    supernet.eval()
-    try:
+    with frozen(supernet):
         for images, labels, _ in batches:
             images, labels = images.to(device), labels.to(device)
             with utils.autocast(device, amp):
                 sums += _branch_removal_of_batch(supernet, own, images, labels, MEASURES[measure])
             count += len(labels)
-    finally:
-        supernet.train(training)
     count = utils.all_reduce_sum(torch.tensor(float(count), dtype=torch.float64, device=device))
     value, *without = (utils.all_reduce_sum(sums) / count).tolist()
     return value, without

@@ -77,8 +77,8 @@ class WidthTable:
         utils.save_text(self.to_json(), path)
 
     def check_made_for(self, weights, source):
-        """Raise NotNamed if the table is known to be made for others than ``weights``, a digest. Tables of stage 1
-        know theirs; published ones do not."""
+        """Raise NotNamed if the table records another digest than ``weights``. Tables of stage 1 record one,
+        published ones do not."""
         if self.meta.get("weights", weights) != weights:
             raise NotNamed(f"{source}: made for other weights than these; to use it anyway, name it", "mask_table")
 

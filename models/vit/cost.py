@@ -14,7 +14,7 @@ from models.vit.pretrained import image_shape
 from models.vit.supernet import Prefix, at_widths, branches, frozen, full_widths, hooks
 from models.vit.widths import Widths
 
-# What one of each counts. The paper's convention: the products of every linear layer, one operation for each bias added
+# The MACs of one of each. The paper's convention: the products of every linear layer, one operation for each bias added
 # (in a gated MLP, for each product of a pair too), two for each activation of a hidden unit, one for each element of a
 # norm, and nothing for the two attention matmuls. These weights give every published sub-network's figures to the
 # printed digit.

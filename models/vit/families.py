@@ -26,7 +26,6 @@ class Transform(Enum):
     VO_BASIS = "V/O basis"
     QK_BASIS = "Q/K basis"
     MEAN_FOLDING = "mean folding"
-    HIDDEN_ORDER = "hidden order"
     COMPENSATION = "compensation"
     CALIBRATION = "calibration"
 
@@ -363,9 +362,9 @@ def narrow(network, attn, mlp):
 
 
 def _narrow_block(path, block, attn_width, mlp_width):
-    """What stands for one stock block: the block, with ``ZeroBranch`` for a removed branch; timm's Residual around norm
-    and branch, if the only branch left is self-contained; an Identity, if no branch is left in a block with
-    self-contained branches."""
+    """The replacement of one stock block. timm's Residual around norm and branch, if the only branch left is
+    self-contained; an Identity, if none is left in a block with self-contained branches; else the block itself, with
+    ``ZeroBranch`` for a removed branch."""
     branches = [(Branch(path, block, "attn"), attn_width), (Branch(path, block, "mlp"), mlp_width)]
     left = [branch for branch, width in branches if width]
     for branch, width in branches:

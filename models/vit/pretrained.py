@@ -248,7 +248,7 @@ def _shapes(state):
 
 
 def _owner(state):
-    """Of which alias the weights are, in words; nothing if of none."""
+    """'; these are weights of ...' if ``state`` has the shapes of an alias, else nothing."""
     for name in ALIASES:
         with torch.device("meta"):
             own = ModelSpec(name, classes_of(state)).build().state_dict()

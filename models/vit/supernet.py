@@ -269,14 +269,15 @@ def compile_branches(supernet, backend="inductor"):
 
 
 class Replay(nn.Module):
-    """Stands in for a block, so that blocks whose result is known are not computed again. Its input is replaced by
-    ``activation`` if there is one, then goes through ``block`` if there is one."""
+    """Stands in for a block, so that blocks whose result is known are not computed again. Its input, kept as ``seen``,
+    is replaced by ``activation`` if there is one, then goes through ``block`` if there is one."""
 
     def __init__(self, activation=None, block=None):
         super().__init__()
         self.activation, self.block = activation, block
 
     def forward(self, x, *args, **kwargs):
+        self.seen = x
         x = x if self.activation is None else self.activation
         return self.block(x, *args, **kwargs) if self.block else x
 

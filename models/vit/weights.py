@@ -34,8 +34,8 @@ def check_finite(content):
 def converted(state, own):
     """``state`` in the types of the state dict ``own``, which has the same names.
 
-    Raises ValueError if a weight is not of a floating type with its own scale (an int8 weight would be read as if its
-    values were meant), or is NaN or infinite after the conversion.
+    Raises ValueError if a weight has another kind of type (int8 values mean nothing without their scale), or is NaN or
+    infinite after the conversion.
     """
     for name, value in state.items():
         wanted = own[name].dtype

@@ -102,15 +102,8 @@ def _input_of(model, path, batch, given):
     if before:
         modules[before] = Replay(given)
     with swapped(model, modules):
-        return _seen_by(modules[path], model.forward_features, batch.images)
-
-
-def _seen_by(module, function, *arguments):
-    """What ``module`` is called with, first, when ``function`` runs."""
-    seen = []
-    with hooks([module.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))]):
-        function(*arguments)
-    return seen[0]
+        model.forward_features(batch.images)
+    return modules[path].seen
 
 
 def _layout(cut, block, tensor):
@@ -119,7 +112,8 @@ def _layout(cut, block, tensor):
         return tensor.flatten(0, -2)
     attention, others = Replay(), {name: nn.Identity() for name in ("norm1", "norm2", "mlp")}
     with swapped(block, {"attn": attention} | others):
-        return _seen_by(attention, block, tensor).flatten(0, -2)
+        block(tensor)
+    return attention.seen.flatten(0, -2)
 
 
 def _run(block, x, args, kwargs, tapped=None):

@@ -17,9 +17,9 @@ from models.wpac import bases
 class AttentionRewrite:
     """What became of z, the output of the heads before proj: each head's is now maps (z - shift).
 
-    maps: [H, d, d]; shift: [H, d]; output_mean: [D], mean output of the attention before LayerScale. lost: [d], what
-    the objective is expected to lose by q and k when a dimension of all heads goes, beside what proj loses; of
-    indivisible attention all that is lost, of which only the sum is of use.
+    maps: [H, d, d]; shift: [H, d]; output_mean: [D], mean output of the attention before LayerScale. lost: [d], the
+    expected loss of the objective when q and k lose this dimension in all heads; the loss at proj is not in it. Of
+    indivisible attention it is the whole loss, and only its sum counts.
     """
 
     maps: torch.Tensor
@@ -117,7 +117,7 @@ def head_columns(proj, heads):
 
 
 def _lost_with_queries(sums, map_q):
-    """What the objective is expected to lose with each dimension of q and k, summed over heads, [d].
+    """The expected loss of the objective for each dimension of q and k, summed over heads, [d].
 
     map_q: the map of q, [H, d, d], if there is one. Dropping a dimension of q changes the objective by -g f, to first
     order, and dropping it of k changes it no further. E[(g f)^2] is measured in the old basis; in the new one it is
