@@ -256,14 +256,15 @@ def add_piad_options(parser):
 
 
 def add_budget_options(parser):
-    add = parser.add_argument_group("super-network and budget: the largest sub-network within it is taken").add_argument
+    group = parser.add_argument_group("super-network and budget: the largest sub-network within it is taken")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     words = "folder or file of a super-network or sub-network (default: output/peelable/<model>)"
     add("--checkpoint", help=words)
     add("--mask-table", help="width table (default: mask_table.json beside the checkpoint)")
     add("--use-ema", action="store_true", help="the averaged weights instead of the last ones")
     words = "what folding needs (default: compensation.safetensors beside the checkpoint, if it is there)"
-    add("--compensation", metavar="FILE", help=words)
-    add("--no-compensation", dest="compensate", action="store_false", default=None, help="cut plain slices")
+    either("--compensation", metavar="FILE", help=words)
+    either("--no-compensation", dest="compensate", action="store_false", default=None, help="cut plain slices")
     words = "refit each sub-network block by block on N training images; labels are not used"
     add("--calibrate", type=positive_int, metavar="N", help=words)
     add("--op-code", type=interval("[-1, 1e9]", int), nargs="+", help="step of the width table")
