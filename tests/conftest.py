@@ -23,11 +23,17 @@ from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES, collect_statistics
 
 ROOT = Path(__file__).parents[1]
+# Files whose tests start whole stages. They go first, so that they do not keep one process busy while others are done.
+LONGEST = ("test_stages.py", "test_resume.py", "test_ranks.py", "test_scripts.py", "test_bad_input.py")
 # One thread each: the networks are tiny, and tests may run beside each other.
 torch.set_num_threads(1)
 
 # Small enough for a test, large enough that no two of the sizes T, D, H, d, M, L are equal.
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def tiny_vit(seed=0, **kwargs):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from models.subnet.extract import extract
 from models.vit.supernet import branches, full_widths, hooks
 from models.vit.widths import Widths
-from models.wpac.bases import factorise, greedy_order
+from models.wpac.bases import SHRINKAGES, choose_shrinkage, factorise, greedy_order, shrunk
 from models.wpac.calibration import calibrate
 from models.wpac.compensation import compensate, fold, load_compensation, save_compensation, through_norm, unit_errors
 from models.wpac.statistics import OBJECTIVES
@@ -70,6 +70,36 @@ def test_compensation_through_a_norm_is_nearly_the_best_for_what_the_narrower_no
     assert best <= left(*ours) < 1.1 * best and left(*ours) < left(*plain)
 
 
+def halves_of(count):
+    """(problem's weight, its metric, (mean, covariance) of ``count`` samples and of as many others, the samples)."""
+    a, w, weight, _, gram = problem(2 * count)
+    samples = [(half, share / share.sum()) for half, share in zip(a.chunk(2), w.chunk(2), strict=True)]
+    return weight, gram, [moments_of(*half) for half in samples], samples
+
+
+@pytest.mark.parametrize("count", [10, 14, 30])
+def test_the_shrinkage_is_the_one_that_predicts_the_other_half_best(count):
+    weight, gram, halves, samples = halves_of(count)
+    lost = torch.zeros(len(SHRINKAGES), dtype=torch.float64)
+    for (mean, covariance), (a, w) in zip(halves, samples[::-1], strict=True):
+        for index, share in enumerate(SHRINKAGES):
+            new, bias = fold(weight, torch.zeros(5), factorise(shrunk(covariance, share)), mean, 3)
+            left = a @ weight.mT - a[:, :3] @ new.mT - bias
+            lost[index] += (w * ((left @ gram) * left).sum(1)).sum()
+    share = max(share for share, value in zip(SHRINKAGES, lost, strict=True) if value <= 1.003 * lost.min())
+    assert choose_shrinkage(halves, weight, gram) == share / (2 - share)
+
+
+def test_correlations_shrink_where_tokens_are_few_and_not_where_they_are_many():
+    found = {}
+    for count in (8, 1000):
+        weight, gram, halves, _ = halves_of(count)
+        found[count] = choose_shrinkage(halves, weight, gram)
+    assert found[1000] < 0.01 and found[8] > 0.1
+    nothing = (torch.zeros(12, dtype=torch.float64), torch.zeros(12, 12, dtype=torch.float64))
+    assert 0 < choose_shrinkage([halves[0], nothing], weight, gram) < 1, "one proxy image: nothing to compare with"
+
+
 def test_greedy_order_picks_the_best_next_unit_each_time():
     a, w, weight, _, gram = problem()
     _, covariance = moments_of(a, w)
@@ -108,9 +138,21 @@ def test_full_width_is_untouched_and_narrower_is_closer(kwargs):
     assert compensated < 0.5 * plain
 
 
+def _shrinkage_of(factor, covariance):
+    """(share by which the correlations of ``covariance`` are smaller in F F^T, variances); the share must be one."""
+    found, variance = factor @ factor.mT, covariance.diagonal()
+    assert torch.allclose(found.diagonal(), variance, rtol=1e-3, atol=2e-5 * variance.mean())
+    off = ~torch.eye(len(found), dtype=torch.bool)
+    share = 1 - (found[off] @ covariance[off]) / (covariance[off] @ covariance[off])
+    assert torch.allclose(found[off], (1 - share) * covariance[off], rtol=1e-6)
+    assert any(abs(share - chosen / (2 - chosen)) < 1e-6 for chosen in SHRINKAGES)
+    return share, variance
+
+
 @pytest.mark.parametrize("basis", ["balanced", "pca"])
 def test_compensated_attention_equals_weighted_least_squares(basis):
-    """The kept dimensions of all heads predict the output of proj, with tokens weighted by the gradient there."""
+    """The kept dimensions of all heads predict the output of proj, with tokens weighted by the gradient there and a
+    ridge, the same share of every variance, towards the weights as they were."""
     supernet, kept, seen = tiny_supernet().double(), 4, []
     compensation, attention = rewritten(supernet, measured(supernet, hidden=True), basis), branches(supernet)[2]
 
@@ -121,14 +163,19 @@ def test_compensated_attention_equals_weighted_least_squares(basis):
         for batch in proxy_batches(dtype=torch.float64):
             OBJECTIVES["label"](supernet, *batch).backward()
     z, output, weight = (torch.cat(tensors).flatten(0, 1) for tensors in zip(*seen, strict=True))
-    root = weight.sqrt()[:, None]
-    design = torch.cat((z.unflatten(1, (3, 16))[..., :kept].flatten(1), torch.ones_like(root)), 1)
-    solution = torch.linalg.lstsq(design * root, output * root).solution
+    root, x = (weight / weight.sum()).sqrt()[:, None], z.unflatten(1, (3, 16)).mT.flatten(1)  # dimension first
+    share, variance = _shrinkage_of(compensation[2].factor, moments_of(x, root.flatten().square())[1])
+    pull = (share / (1 - share) * variance[: 3 * kept]).sqrt().diag()
+    design = torch.cat((x[:, : 3 * kept], torch.ones_like(root)), 1) * root
+    design = torch.cat((design, F.pad(pull, (0, 1))))
+    before = attention.output.weight.unflatten(1, (3, 16))[..., :kept].transpose(1, 2).flatten(1).mT
+    solution = torch.linalg.lstsq(design, torch.cat((output * root, pull @ before))).solution
+    solution[:-1] = solution[:-1].unflatten(0, (kept, 3)).transpose(0, 1).flatten(0, 1)  # head first
     proj = cut(supernet, Widths((16, kept, 16), (192,) * 3), compensation).blocks[1].attn.proj
-    assert torch.allclose(proj.weight, solution[:-1].mT, rtol=0, atol=1e-2)
-    assert torch.allclose(proj.bias, solution[-1], rtol=0, atol=1e-2)
+    assert torch.allclose(proj.weight, solution[:-1].mT, rtol=0, atol=1e-3)
+    assert torch.allclose(proj.bias, solution[-1], rtol=0, atol=1e-3)
     assert proj.weight.abs().max() > 0.5 and not torch.allclose(
-        proj.weight, attention.output.weight.unflatten(1, (3, 16))[..., :kept].flatten(1), rtol=0, atol=1e-1
+        proj.weight, attention.output.weight.unflatten(1, (3, 16))[..., :kept].flatten(1), rtol=0, atol=1e-2
     )
 
 

@@ -137,9 +137,10 @@ def test_statistics_do_not_depend_on_the_batch_size():
         measured(model, batches=proxy_batches(batch=batch, dtype=torch.float64), hidden=True) for batch in (3, 24)
     )
     for index, (a, b) in enumerate(zip(one, other, strict=True)):
-        for name in ("hidden",) if index % 2 else ("grad_z", "theta_v", "grad_k", "joint_z"):
-            first, second = getattr(a, name).second_moment, getattr(b, name).second_moment
-            assert torch.allclose(second, first, rtol=1e-9, atol=1e-12)
+        pairs = list(zip(a.inputs.apart, b.inputs.apart, strict=True))
+        pairs += [] if index % 2 else [(getattr(a, n), getattr(b, n)) for n in ("grad_z", "theta_v", "grad_k")]
+        for first, second in pairs:
+            assert torch.allclose(second.second_moment, first.second_moment, rtol=1e-9, atol=1e-12)
         assert torch.allclose(a.mean_gram, b.mean_gram, rtol=1e-9)
 
 
@@ -189,7 +190,7 @@ def test_density_is_the_share_of_the_loss_that_the_first_dimensions_hold():
         assert before.shape == after.shape == (4 if branch.name == "attn" else 1, branch.full + 1)
         # The same from the original network's weights, one width at a time.
         weight, gram = branch.output.weight.view(48, -1, branch.full), own.mean_gram
-        moment = (own.grad_z if branch.name == "attn" else own.hidden).second_moment
+        moment = (own.grad_z if branch.name == "attn" else own.inputs.together).second_moment
 
         def lost(kept, row, weight=weight, gram=gram, moment=moment):
             rest = weight[:, row, kept:]

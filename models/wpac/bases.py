@@ -10,7 +10,10 @@ from utils import InputError
 # Eigenvalues below this share of the largest are raised to it before an inverse root is taken.
 EIGENVALUE_FLOOR = 1e-9
 # Added to the diagonal of a covariance, relative to its mean: units that are never active have no variance.
-RIDGE = 1e-5
+FLOOR = 1e-5
+# The shares by which correlations may be shrunk, the share of the entries that is kept where they are compared, and by
+# how much a larger one may be worse than the best.
+SHRINKAGES, KEPT_TO_COMPARE, TOLERATED = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 0.75, 0.9), 1 / 4, 0.003
 # The share of an MLP's error at which the greedy order has done its work.
 GREEDY_TAIL = 1e-3
 
@@ -85,21 +88,57 @@ def equalising_scale(first, second):
 
 
 def factorise(covariance):
-    """Lower triangular F with F F^T = C + ridge, for a covariance C [n, n]; the ridge starts at RIDGE and grows tenfold
+    """Lower triangular F with F F^T = C + floor, for a covariance C [n, n]; the floor starts at FLOOR and grows tenfold
     until F exists. Raises InputError if C is not finite."""
     if not torch.isfinite(covariance).all():
         raise InputError("the hidden activations of an MLP are NaN or infinite on the proxy set")
-    ridge = _ridge(covariance)
+    floor = _floor(covariance)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * torch.eye(len(covariance)).to(covariance))
+        factor, failed = torch.linalg.cholesky_ex(covariance + floor * torch.eye(len(covariance)).to(covariance))
         if not failed:
             return factor
         # Fewer tokens than units leave negative eigenvalues of the size of float32 rounding.
-        ridge = 10 * ridge
+        floor = 10 * floor
 
 
-def _ridge(covariance):
-    return RIDGE * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+def _floor(covariance):
+    return FLOOR * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def shrunk(covariance, share):
+    """C [n, n] with its correlations, not its variances, smaller by ``share``: entries predict each other less."""
+    return (1 - share) * covariance + share * covariance.diagonal().diag()
+
+
+def choose_shrinkage(halves, weight, gram):
+    """The shrinkage with which each half of the proxy images says best what the other half loses (docs/method.md, 2).
+
+    Where few tokens carry the weight, kept entries seem to predict dropped ones better than they do. SHRINKAGES are
+    compared with the first entries of x kept; the largest counts that is as good as the best, within TOLERATED: it
+    promises the least. Shrinking by s is a ridge of s / (1 - s) of every variance. For all images, which are twice as
+    many, this ridge is halved.
+
+    Args: halves: two (mean [n], covariance [n, n]) of x; weight [D, n] of the Linear that reads it; gram [D, D].
+    """
+    kept = max(int(KEPT_TO_COMPARE * weight.shape[1]), 1)
+    lost = sum(torch.stack(_lost_elsewhere(*pair, weight, gram, kept)) for pair in (halves, halves[::-1]))
+    share = SHRINKAGES[(lost <= (1 + TOLERATED) * lost.min()).nonzero().max()]
+    return share / (2 - share)
+
+
+def _lost_elsewhere(here, elsewhere, weight, gram, kept):
+    """For each of SHRINKAGES, E|G^(1/2) (W x - W' x[:kept] - b')|^2 elsewhere, for W' and b' fitted here."""
+    (mean, covariance), (other_mean, other) = here, elsewhere
+    dropped, shift, lost = weight[:, kept:], other_mean - mean, []
+    target, other_target = dropped @ covariance[kept:, :kept], dropped @ other[kept:, :kept]
+    of_dropped = ((gram @ dropped) * (dropped @ other[kept:, kept:])).sum()
+    for share in SHRINKAGES:
+        factor = factorise(shrunk(covariance[:kept, :kept], share))
+        folded = torch.cholesky_solve((1 - share) * target.mT, factor).mT
+        moved, carried = dropped @ shift[kept:] - folded @ shift[:kept], gram @ folded
+        spread = (carried * (folded @ other[:kept, :kept] - 2 * other_target)).sum()
+        lost.append(of_dropped + spread + moved @ gram @ moved)
+    return lost
 
 
 def greedy_order(covariance, weight, gram, importance):
@@ -111,15 +150,15 @@ def greedy_order(covariance, weight, gram, importance):
     ``importance``, so that the order does not depend on how the proxy set was split.
     covariance [M, M], weight [D, M], gram [D, D], importance [M]. Returns a permutation [M].
     """
-    count, ridge = len(covariance), _ridge(covariance)
+    count, floor = len(covariance), _floor(covariance)
     values, vectors = torch.linalg.eigh(gram)
     weighted = (vectors * values.clamp(min=0).sqrt()).mT @ weight
-    carried, left = weighted @ covariance, covariance.diagonal() + ridge
+    carried, left = weighted @ covariance, covariance.diagonal() + floor
     factor, order = torch.zeros_like(covariance), torch.empty(count, dtype=torch.long, device=covariance.device)
     at_once = max(count // 256, 1)
     remaining = total = (weighted * carried).sum()
     for done in range(0, count, at_once):
-        score = torch.linalg.vector_norm(carried, dim=0).square() / left.clamp(min=ridge)
+        score = torch.linalg.vector_norm(carried, dim=0).square() / left.clamp(min=floor)
         score[order[:done]] = -torch.inf
         if remaining <= GREEDY_TAIL * total:
             free = torch.isfinite(score)

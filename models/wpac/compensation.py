@@ -26,8 +26,8 @@ import utils
 from models.vit.families import Transform, branch_in
 from models.vit.supernet import branches
 from models.vit.weights import as_safetensors, read_safetensors
-from models.wpac.bases import factorise
-from models.wpac.rewrite import reparameterise
+from models.wpac.bases import choose_shrinkage, factorise, shrunk
+from models.wpac.rewrite import centred, reparameterise
 from models.wpac.statistics import collect_statistics
 from utils import InputError
 
@@ -65,27 +65,30 @@ class Compensation:
 def _of_attention(branch, sums, rewrite):
     if branch.indivisible:
         return Compensation(rewrite.lost, rewrite.output_mean)
-    maps, heads = torch.block_diag(*rewrite.maps), branch.part.heads
-    mean = sums.joint_z.weighted_mean
-    covariance = maps @ sums.joint_z.about(mean)[0] @ maps.mT
-    input_mean = maps @ (mean[0] - rewrite.shift.flatten())
-    order = _dimension_first(torch.arange(len(maps)), heads)
-    factor, input_mean = factorise(covariance[order][:, order]), input_mean[order]
-    weight = _dimension_first(branch.output.weight.detach().double(), heads)
+    heads, weight = branch.part.heads, _dimension_first(branch.output.weight.detach().double(), branch.part.heads)
+    maps = _dimension_first(torch.block_diag(*rewrite.maps).mT, heads).mT
+
+    def rewritten(moments):
+        mean, covariance = centred(moments)
+        return maps @ (mean - rewrite.shift.flatten()), maps @ covariance @ maps.mT
+
+    shrinkage = choose_shrinkage([rewritten(half) for half in sums.inputs.apart], weight, sums.mean_gram)
+    mean, covariance = rewritten(sums.inputs.together)
+    factor = factorise(shrunk(covariance, shrinkage))
     errors = unit_errors(weight, factor, sums.mean_gram).unflatten(0, (-1, heads)).sum(1)
-    return Compensation(errors + rewrite.lost, rewrite.output_mean, factor, input_mean)
+    return Compensation(errors + rewrite.lost, rewrite.output_mean, factor, mean)
 
 
 def _of_mlp(branch, sums, rewrite):
-    mean, output, order = sums.hidden.weighted_mean, branch.output, rewrite.order
-    covariance, input_mean = sums.hidden.about(mean)[0][order][:, order], mean[0][order]
-    factor, weight = factorise(covariance), output.weight.detach().double()
-    output_mean = weight @ input_mean + (0 if output.bias is None else output.bias.detach().double())
+    output, order = branch.output, rewrite.order
+    mean, covariance = (moment[order] for moment in centred(sums.inputs.together))
+    factor, weight = factorise(shrunk(covariance[:, order], rewrite.shrinkage)), output.weight.detach().double()
+    output_mean = weight @ mean + (0 if output.bias is None else output.bias.detach().double())
     if branch.part.can(Transform.COMPENSATION):
         errors = unit_errors(weight, factor, sums.mean_gram)
     else:  # No compensation: dropping a unit changes the objective by -g a (first order). The error is E[(g a)^2].
-        errors = (sums.hessian / sums.hidden.count)[order]
-    return Compensation(errors, output_mean, factor, input_mean)
+        errors = (sums.hessian / sums.tokens)[order]
+    return Compensation(errors, output_mean, factor, mean)
 
 
 def _dimension_first(columns, heads):

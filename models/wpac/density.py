@@ -23,7 +23,7 @@ def _losses(branch, sums, rewrite):
     gram = sums.mean_gram
     if branch.name == "mlp":
         weight, order = branch.output.weight.double(), rewrite.order
-        loss = (weight.mT @ gram @ weight) * sums.hidden.second_moment[0][order][:, order]
+        loss = (weight.mT @ gram @ weight) * sums.inputs.together.second_moment[0][order][:, order]
         back = order.argsort()
         return loss[None, back][:, :, back], loss[None]
     after, maps = head_columns(branch.output, branch.part.heads), rewrite.maps

@@ -1,5 +1,7 @@
 """Streaming weighted moments: sums over tokens in float64, of which nothing is kept per token."""
 
+import copy
+
 import torch
 
 import utils
@@ -52,6 +54,11 @@ class SymmetricSum(Sums):
     def all_reduce(self):
         self.rows = [utils.all_reduce_sum(row) for row in self.rows]
 
+    def __add__(self, other):
+        both = copy.copy(self)
+        both.rows = [row + others for row, others in zip(self.rows, other.rows, strict=True)]
+        return both
+
 
 class Moments(Sums):
     """Running sums of vectors x with token weights w, S0 = sum w, S1 = sum w x, S2 = sum w x x^T, for G groups of d
@@ -97,3 +104,24 @@ class Moments(Sums):
         for first, second in ((self.s1, center), (center, self.s1), (-self.s0[:, None] * center, center)):
             moment.baddbmm_(first.unsqueeze(2), second.unsqueeze(1), alpha=-1)
         return moment.div_(self.s0.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None])
+
+    def __add__(self, other):
+        both = copy.copy(self)
+        vars(both).update({name: value + getattr(other, name) for name, value in vars(self).items()})
+        return both
+
+
+class Halves(Sums):
+    """Moments of the proxy images at even and at odd positions, so that one half can judge what the other says."""
+
+    def __init__(self, groups, width, device):
+        self.even, self.odd = (Moments(groups, width, device) for _ in range(2))
+
+    @property
+    def apart(self):
+        return self.even, self.odd
+
+    @property
+    def together(self):
+        """Moments of all images."""
+        return self.even + self.odd

@@ -30,9 +30,10 @@ class AttentionRewrite:
 
 @dataclass
 class MlpRewrite:
-    """order: [M], the permutation in which the hidden units now stand."""
+    """order: [M], the permutation in which the hidden units now stand. shrinkage: of their correlations, if known."""
 
     order: torch.Tensor
+    shrinkage: float | None
 
 
 def reparameterise(supernet, statistics, basis="balanced", mlp_order="taylor", untouched=()):
@@ -59,19 +60,33 @@ def reparameterise(supernet, statistics, basis="balanced", mlp_order="taylor", u
 
 
 def _rewrite_mlp(branch, sums, order_by, untouched):
+    shrinkage = hidden_shrinkage(branch, sums) if sums.inputs else None
     if untouched:
-        return MlpRewrite(torch.arange(branch.full, device=sums.taylor.device))
-    order = hidden_order(branch, sums, order_by)
+        return MlpRewrite(torch.arange(branch.full, device=sums.taylor.device), shrinkage)
+    order = hidden_order(branch, sums, order_by, shrinkage)
     for layer, module in branch.layers:
         _permute(module, layer, order)
-    return MlpRewrite(order)
+    return MlpRewrite(order, shrinkage)
 
 
-def hidden_order(branch, sums, order_by):
+def hidden_shrinkage(branch, sums):
+    """By how much to shrink the correlations of an MLP's hidden units, chosen with them in the order of ``taylor``."""
+    order = sums.taylor.argsort(descending=True, stable=True)
+    halves = [(mean[order], covariance[order][:, order]) for mean, covariance in map(centred, sums.inputs.apart)]
+    return bases.choose_shrinkage(halves, branch.output.weight.detach().double()[:, order], sums.mean_gram)
+
+
+def centred(moments):
+    """(weighted mean [n], covariance about it [n, n]) of one group."""
+    mean = moments.weighted_mean
+    return mean[0], moments.about(mean)[0]
+
+
+def hidden_order(branch, sums, order_by, shrinkage):
     """The permutation [M] of an MLP's hidden units, most important first. order_by: as in ``reparameterise``."""
     if order_by == "greedy" and branch.part.can(Transform.COMPENSATION):
-        covariance, weight = sums.hidden.about(sums.hidden.weighted_mean)[0], branch.output.weight.detach().double()
-        return bases.greedy_order(covariance, weight, sums.mean_gram, sums.taylor)
+        covariance = bases.shrunk(centred(sums.inputs.together)[1], shrinkage)
+        return bases.greedy_order(covariance, branch.output.weight.detach().double(), sums.mean_gram, sums.taylor)
     importance = sums.hessian if order_by == "hessian" else sums.taylor
     return importance.argsort(descending=True, stable=True)
 

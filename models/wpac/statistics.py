@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import utils
 from models.vit.supernet import branches, frozen, hooks
-from models.wpac.moments import Moments, Sums, SymmetricSum, zeros
+from models.wpac.moments import Halves, Moments, Sums, SymmetricSum, zeros
 from utils import InputError
 
 # The number of tokens that are cast to float64 at a time; one image, if it has more.
@@ -26,13 +26,15 @@ class BranchStatistics(Sums):
     feature f.
 
     taylor, hessian: sum of |g f| and of (g f)^2. gram: [D, D] sum of go go^T, go the gradient at the output of the last
-    Linear. output_sum: [D + 1] sum of what the branch adds to the residual stream, and the number of tokens; only where
-    a norm ends the branch.
+    Linear. inputs, for compensation: of the input of the last Linear, one group of H d dimensions (z of all heads,
+    tokens weighted by |go|) or M (the hidden vector a, tokens weighted by |dC/da|^2). output_sum: [D + 1] sum of what
+    the branch adds to the residual stream, and the number of tokens; only where a norm ends the branch.
     """
 
     taylor: torch.Tensor
     hessian: torch.Tensor
     gram: SymmetricSum | None = None
+    inputs: Halves | None = None
     output_sum: torch.Tensor | None = None
 
     @property
@@ -47,9 +49,8 @@ class AttentionStatistics(BranchStatistics):
 
     ``theta_*`` weight a token by theta, the paper's token importance, ``grad_*`` by |g|^2. The keys of ``grad_k`` are
     centred in every image (or window) by the mean of its own keys. ``gram_q`` is the sum of g g^T by head.
-    ``joint_z``, for compensation, has one group of H d dimensions, z of all heads, with tokens weighted by |go|. Where
-    q and k are not cut z alone is measured: taylor, hessian and theta_v then have z in the place of v, and q and k
-    count as zeros.
+    Where q and k are not cut z alone is measured: taylor, hessian and theta_v then have z in the place of v, and q and
+    k count as zeros.
     """
 
     theta_q: Moments | None = None
@@ -59,7 +60,6 @@ class AttentionStatistics(BranchStatistics):
     grad_k: Moments | None = None
     grad_z: Moments | None = None
     gram_q: SymmetricSum | None = None
-    joint_z: Moments | None = None
 
     @property
     def taylor_by_width(self):
@@ -73,10 +73,7 @@ class AttentionStatistics(BranchStatistics):
 
 @dataclass
 class MlpStatistics(BranchStatistics):
-    """taylor and hessian are [M]. ``hidden`` has one group of M dimensions: the hidden vector a, after the
-    nonlinearity, with tokens weighted by |dC/da|^2."""
-
-    hidden: Moments | None = None
+    """taylor and hessian are [M], of the hidden vector a, after the nonlinearity."""
 
     @property
     def taylor_by_width(self):
@@ -85,17 +82,18 @@ class MlpStatistics(BranchStatistics):
 
     @property
     def tokens(self):
-        return self.hidden.count
+        return self.inputs.even.count + self.inputs.odd.count
 
 
 class _Tap:
     """Hooks on the layers of one branch that add each batch to its statistics during the backward pass.
 
     ``kept`` holds activations from the forward pass until their gradients arrive. Autograd holds them too.
+    ``positions`` are those of the batch's images in the proxy set.
     """
 
     def __init__(self, branch, sums, moments):
-        self.branch, self.sums, self.kept, self.handles = branch, sums, {}, []
+        self.branch, self.sums, self.kept, self.handles, self.positions = branch, sums, {}, [], None
         if branch.family.post_norm and moments:
             sums.output_sum = zeros(branch.output.out_features + 1, device=sums.taylor.device)
             self._on(branch.norm, self._on_end)
@@ -107,6 +105,14 @@ class _Tap:
         flat = output.detach().flatten(0, -2)
         self.sums.output_sum[:-1] += flat.sum(0, dtype=torch.float64)
         self.sums.output_sum[-1] += len(flat)
+
+    def _halves(self, *tensors):
+        """The images at even positions, a few at a time, then the others: (their Moments, *tensors)."""
+        items = len(tensors[0]) // len(self.positions)  # an image may come as several windows
+        odd = (self.positions % 2).repeat_interleave(items)
+        for half, moments in enumerate(self.sums.inputs.apart if self.sums.inputs else (None, None)):
+            for chosen in (odd == half).nonzero().flatten().split(_images_at_once(tensors[0])):
+                yield moments, *(tensor[chosen] for tensor in tensors)
 
     def _add_gram(self, gradient):
         """gradient: [B, T, D], at the output of the last Linear."""
@@ -124,7 +130,7 @@ class _AttentionTap(_Tap):
             for name in (*of_keys, "theta_v", "grad_z"):
                 setattr(sums, name, Moments(heads, width, device))
             sums.gram_q = SymmetricSum(heads, width, device) if keys else None
-            sums.joint_z = Moments(1, heads * width, device) if hidden and not branch.indivisible else None
+            sums.inputs = Halves(1, heads * width, device) if hidden and not branch.indivisible else None
             sums.gram = SymmetricSum(1, branch.output.out_features, device)
         if width and keys:
             self._on(branch.module.qkv, self._on_qkv)
@@ -169,11 +175,11 @@ class _AttentionTap(_Tap):
 
     def _add_output(self, gradient):
         self._add_gram(gradient)
-        if self.sums.joint_z:
+        if self.sums.inputs:
             # The gradient at proj's output arrives before the one at its input: z is still kept.
-            for f, g in _few_images(self.kept["z"], gradient):
+            for moments, f, g in self._halves(self.kept["z"], gradient):
                 flat = rearrange(f.double(), "b t c -> 1 (b t) c")
-                self.sums.joint_z.add(flat, rearrange(g.double().norm(dim=-1), "b t -> 1 (b t)"))
+                moments.add(flat, rearrange(g.double().norm(dim=-1), "b t -> 1 (b t)"))
 
     def _add_z(self, z, gradient):
         for f, g in _few_images(z, gradient):
@@ -189,7 +195,7 @@ class _MlpTap(_Tap):
         sums = MlpStatistics(*(zeros(branch.width, device=device) for _ in range(2)))
         super().__init__(branch, sums, moments)
         if hidden:
-            sums.hidden = Moments(1, branch.width, device)
+            sums.inputs = Halves(1, branch.width, device)
             sums.gram = SymmetricSum(1, branch.output.out_features, device)
         if branch.width:
             for name in branch.part.inputs:
@@ -208,7 +214,7 @@ class _MlpTap(_Tap):
 
     def _add_hidden(self, before, gradient):
         module, part = self.branch.module, self.branch.part
-        for *inputs, g in _few_images(*before, gradient):
+        for moments, *inputs, g in self._halves(*before, gradient):
             # Under autocast the inputs are of a narrower type than the weights, which the norm of some kinds refuses.
             # A copy, because an activation may work in place.
             hidden = part.hidden(module, *(x.to(self.branch.output.weight, copy=True) for x in inputs))
@@ -216,14 +222,17 @@ class _MlpTap(_Tap):
             product = (a * g).abs()
             self.sums.taylor += product.sum(0, dtype=torch.float64)
             self.sums.hessian += product.square().sum(0, dtype=torch.float64)
-            if self.sums.hidden:
-                self.sums.hidden.add(a.double().unsqueeze(0), g.double().square().sum(-1).unsqueeze(0))
+            if moments:
+                moments.add(a.double().unsqueeze(0), g.double().square().sum(-1).unsqueeze(0))
 
 
 def _few_images(*tensors):
     """Tensors [B, T, n], a few images at a time, so that what is computed from them in float64 stays small."""
-    images = max(TOKENS_AT_ONCE // tensors[0].shape[1], 1)
-    return zip(*(tensor.split(images) for tensor in tensors), strict=True)
+    return zip(*(tensor.split(_images_at_once(tensor)) for tensor in tensors), strict=True)
+
+
+def _images_at_once(tensor):
+    return max(TOKENS_AT_ONCE // tensor.shape[1], 1)
 
 
 def collect_statistics(supernet, batches, objective, moments=True, hidden=False, amp="none"):
@@ -245,6 +254,8 @@ def collect_statistics(supernet, batches, objective, moments=True, hidden=False,
     with frozen(supernet), hooks([handle for tap in taps for handle in tap.handles]):
         for images, labels, positions in batches:
             images = images.to(device).requires_grad_()
+            for tap in taps:
+                tap.positions = positions
             with utils.autocast(device, amp):
                 value = objective(supernet, images, labels.to(device), positions)
             value.backward()
