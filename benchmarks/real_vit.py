@@ -46,7 +46,8 @@ def get_args():
     parser.add_argument("--pretrained", help="file of weights (default: timm's hub)")
     parser.add_argument("--fit-images", type=utils.positive_int, default=1024, help="for the classifier")
     parser.add_argument("--test-images", type=utils.positive_int, default=512)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="rows to print")
+    words = f"rows to print beside '{OURS}', with which they are compared"
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help=words)
     parser.add_argument("--work", type=Path, default=Path("output/real_vit"))
     parser.add_argument("--output", type=Path, default=Path("docs/real_vit"), help="path without suffix")
     return parser.parse_args()
@@ -154,7 +155,8 @@ def report(bench, found, args, device):
     full = agreement(bench.reference, bench.labels)
     yield (
         f"# {args.model} on {args.data_set}, cut without training\n\n`benchmarks/real_vit.py --model {args.model} "
-        f"--data-set {args.data_set} --proxy-samples {args.proxy_samples} --test-images {args.test_images}`; "
+        f"--data-set {args.data_set} --proxy-samples {args.proxy_samples} --test-images {args.test_images}`, "
+        f"{len(found)} of {len(METHODS)} rows (`--methods`); "
         f"{torch.get_num_threads()} thread(s) of {utils.machine_name(device)}. The full network: top-1 {full:.1f}.\n\n"
         "Each cell: top-1 in % / agreement with the full network in % / KL to it in nats. One network, one seed: one "
         f"image is {100 / len(bench.labels):.2f} points, so read the KL.\n"
@@ -175,8 +177,9 @@ def report(bench, found, args, device):
 def main(args):
     device = utils.start_up(args)
     bench, found = Bench(args, device), {}
-    for name in args.methods:
-        how = METHODS[name]
+    for name, how in METHODS.items():
+        if name not in (OURS, *args.methods):
+            continue
         sizes = utils.progress(bench.sizes(how[2]).items(), name)
         found[name] = {size: bench.keep(f"{name}, {size}", lambda w=w, h=how: bench.score(h, w)) for size, w in sizes}
     curves = {
