@@ -90,15 +90,21 @@ def equalising_scale(first, second):
 def factorise(covariance):
     """Lower triangular F with F F^T = C + floor, for a covariance C [n, n]; the floor starts at FLOOR and grows tenfold
     until F exists. Raises InputError if C is not finite."""
-    if not torch.isfinite(covariance).all():
-        raise InputError("the hidden activations of an MLP are NaN or infinite on the proxy set")
-    floor = _floor(covariance)
+    floor = _floor(_finite(covariance))
     while True:
-        factor, failed = torch.linalg.cholesky_ex(covariance + floor * torch.eye(len(covariance)).to(covariance))
+        raised = covariance.clone()
+        raised.diagonal().add_(floor)
+        factor, failed = torch.linalg.cholesky_ex(raised)
         if not failed:
             return factor
         # Fewer tokens than units leave negative eigenvalues of the size of float32 rounding.
         floor = 10 * floor
+
+
+def _finite(covariance):
+    if not torch.isfinite(covariance).all():
+        raise InputError("the hidden activations of an MLP are NaN or infinite on the proxy set")
+    return covariance
 
 
 def _floor(covariance):
@@ -107,7 +113,9 @@ def _floor(covariance):
 
 def shrunk(covariance, share):
     """C [n, n] with its correlations, not its variances, smaller by ``share``: entries predict each other less."""
-    return (1 - share) * covariance + share * covariance.diagonal().diag()
+    smaller = (1 - share) * covariance
+    smaller.diagonal().copy_(covariance.diagonal())
+    return smaller
 
 
 def choose_shrinkage(halves, weight, gram):
@@ -129,15 +137,19 @@ def choose_shrinkage(halves, weight, gram):
 def _lost_elsewhere(here, elsewhere, weight, gram, kept):
     """For each of SHRINKAGES, E|G^(1/2) (W x - W' x[:kept] - b')|^2 elsewhere, for W' and b' fitted here."""
     (mean, covariance), (other_mean, other) = here, elsewhere
-    dropped, shift, lost = weight[:, kept:], other_mean - mean, []
-    target, other_target = dropped @ covariance[kept:, :kept], dropped @ other[kept:, :kept]
-    of_dropped = ((gram @ dropped) * (dropped @ other[kept:, kept:])).sum()
+    dropped, shift, predictors = weight[:, kept:], other_mean - mean, covariance[:kept, :kept]
+    deviation = (predictors.diagonal() + _floor(_finite(predictors))).sqrt()
+    values, vectors = torch.linalg.eigh((predictors / deviation / deviation[:, None]).fill_diagonal_(1))
+    # x[:kept] = back^T y, with y uncorrelated here: shrinking scales what is folded, column by column.
+    to = vectors / deviation[:, None]
+    target, other_target = (dropped @ c[kept:, :kept] @ to for c in (covariance, other))
+    spread, linear = to.mT @ other[:kept, :kept] @ to, (target * (gram @ other_target)).sum(0)
+    quadratic, moved = spread * (target.mT @ gram @ target), to.mT @ shift[:kept]
+    of_dropped, lost = ((gram @ dropped) * (dropped @ other[kept:, kept:])).sum(), []
     for share in SHRINKAGES:
-        factor = factorise(shrunk(covariance[:kept, :kept], share))
-        folded = torch.cholesky_solve((1 - share) * target.mT, factor).mT
-        moved, carried = dropped @ shift[kept:] - folded @ shift[:kept], gram @ folded
-        spread = (carried * (folded @ other[:kept, :kept] - 2 * other_target)).sum()
-        lost.append(of_dropped + spread + moved @ gram @ moved)
+        scale = (1 - share) / ((1 - share) * values + share)
+        mean_lost = dropped @ shift[kept:] - target @ (scale * moved)
+        lost.append(of_dropped + scale @ quadratic @ scale - 2 * scale @ linear + mean_lost @ gram @ mean_lost)
     return lost
 
 
@@ -145,20 +157,21 @@ def greedy_order(covariance, weight, gram, importance):
     """The order of hidden units in which each next one removes the most of the error that compensation leaves.
 
     Pivoted Cholesky of C where the pivot is chosen by its weighted error |G^(1/2) W2 R_j|^2 / R_jj, R being what the
-    units chosen so far cannot predict. An MLP of more than 256 units takes several pivots at a time, M / 256. Once all
-    but GREEDY_TAIL of the error is gone, what is left of R is little more than rounding: the other units follow by
-    ``importance``, so that the order does not depend on how the proxy set was split.
+    units chosen so far cannot predict. A large MLP takes M / 150 pivots at a time. Once all but GREEDY_TAIL of the
+    error is gone, what is left of R is little more than rounding: the other units follow by ``importance``, so that
+    the order does not depend on how the proxy set was split.
     covariance [M, M], weight [D, M], gram [D, D], importance [M]. Returns a permutation [M].
     """
     count, floor = len(covariance), _floor(covariance)
     values, vectors = torch.linalg.eigh(gram)
-    weighted = (vectors * values.clamp(min=0).sqrt()).mT @ weight
-    carried, left = weighted @ covariance, covariance.diagonal() + floor
+    weighted = weight.mT @ (vectors * values.clamp(min=0).sqrt())
+    # By unit: carried is R weighted. Each row of factor is a column of the Cholesky factor.
+    carried, left = covariance @ weighted, covariance.diagonal() + floor
     factor, order = torch.zeros_like(covariance), torch.empty(count, dtype=torch.long, device=covariance.device)
-    at_once = max(count // 256, 1)
+    at_once = max(count // 150, 1)
     remaining = total = (weighted * carried).sum()
     for done in range(0, count, at_once):
-        score = torch.linalg.vector_norm(carried, dim=0).square() / left.clamp(min=floor)
+        score = torch.linalg.vector_norm(carried, dim=1).square() / left.clamp(min=floor)
         score[order[:done]] = -torch.inf
         if remaining <= GREEDY_TAIL * total:
             free = torch.isfinite(score)
@@ -166,12 +179,12 @@ def greedy_order(covariance, weight, gram, importance):
             order[done:] = rest[free[rest]]
             break
         pivots = score.topk(min(at_once, count - done)).indices
-        span = slice(done, done + len(pivots))
-        columns = covariance[:, pivots] - factor[:, :done] @ factor[pivots, :done].mT
-        root = factorise(columns[pivots])
-        factor[:, span] = torch.linalg.solve_triangular(root, columns.mT, upper=False).mT
-        carried.addmm_(weighted @ factor[:, span], factor[:, span].mT, alpha=-1)
-        left -= factor[:, span].square().sum(1)
-        remaining = (weighted * carried).sum()
-        order[span] = pivots
+        span, known = slice(done, done + len(pivots)), factor[:done]
+        rows = covariance[pivots] - known[:, pivots].mT @ known
+        new = torch.linalg.solve_triangular(factorise(rows[:, pivots]), rows, upper=False)
+        explained = new @ weighted
+        carried.addmm_(new.mT, explained, alpha=-1)
+        left -= new.square().sum(0)
+        remaining = remaining - explained.square().sum()
+        factor[span], order[span] = new, pivots
     return order
