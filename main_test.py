@@ -98,6 +98,8 @@ def make_test(args, loaded):
     classes, network = loaded.spec.num_classes, loaded.supernet
     if args.probe and classes:
         raise InputError(f"--probe {args.probe}: {loaded.source} has a classifier, which is tested itself")
+    if args.class_map and not classes:
+        raise InputError(f"--class-map {args.class_map}: {loaded.source} has no classifier")
     if not classes and not args.probe:
         print_once("no classifier: costs alone (--probe knn classifies the features by those of training images)")
         return lambda networks, device: [dict.fromkeys(("loss", "top1", "top5", "images_per_s")) for _ in networks]

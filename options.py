@@ -293,11 +293,10 @@ def load(args, **kwargs):
     path = checkpoint_path(args)
     with utils.name_flag("--model"):
         loaded = store.load_supernet(path, **{name: getattr(args, name) for name in names}, **kwargs)
-    if loaded.one_size:
-        for budget in budgets(args):
-            raise InputError(f"{budget}: {path} is one sub-network of one size; budgets need the super-network")
-        if args.calibrate:
-            raise InputError(f"--calibrate {args.calibrate}: {path} is one sub-network; this needs the super-network")
+        for budget in budgets(args) if loaded.one_size else ():
+            raise utils.BudgetError(f"{budget}: {path} is one sub-network of one size; budgets need the super-network")
+    if loaded.one_size and args.calibrate:
+        raise InputError(f"--calibrate {args.calibrate}: {path} is one sub-network; this needs the super-network")
     return loaded
 
 
@@ -312,12 +311,13 @@ def choose(loaded, asked, args, device):
     latencies = None
     if any(budget.kind == "latency_ms" for budget in asked):
         latencies = LatencyTable.load(args.latency_device) if is_file(args) else latency_table(loaded, args, device)
-    choices = [
-        latencies.choose(budget, loaded.table)
-        if budget.kind == "latency_ms"
-        else budget.choose(loaded.table, loaded.costs, args.finer)
-        for budget in asked
-    ]
+    with utils.name_flag("--model"):
+        choices = [
+            latencies.choose(budget, loaded.table)
+            if budget.kind == "latency_ms"
+            else budget.choose(loaded.table, loaded.costs, args.finer)
+            for budget in asked
+        ]
     if not loaded.one_size:
         note_smaller_model(loaded, choices)
     return choices

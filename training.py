@@ -321,14 +321,14 @@ def to_resume(resume, output):
 
 
 def _position(path):
-    """(epoch under way, updates done) of a checkpoint, or None if it is missing or cannot be read."""
+    """(epoch under way, updates done) of a checkpoint, or None if it is missing or cannot be read, for which
+    ``TrainingRun.resume`` says why."""
     if not path.is_file():
         return None
     try:
         content = read_checkpoint(path)
         return content["epoch"] + 1, content.get("position", {}).get("updates", 0) + 0
-    except (InputError, KeyError, TypeError, AttributeError) as error:
-        print_once(f"note: passed over: {error}")
+    except (InputError, KeyError, TypeError, AttributeError):
         return None
 
 

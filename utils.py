@@ -42,22 +42,29 @@ class SizeError(ModelError):
     """An image size that a model cannot have. The message begins with the size."""
 
 
+class BudgetError(InputError):
+    """A budget that no sub-network answers. The message begins with its kind."""
+
+
 class NotNamed(InputError):
     """What can be used if the user names it; the message ends with that advice. argument: by which it is named."""
 
     def __init__(self, message, argument):
-        super().__init__(message)
-        self.argument = argument
+        super().__init__(f"{message} by {argument}=")
+        self.advice, self.argument = message, argument
 
 
 @contextmanager
 def name_flag(flag, file_flag=None):
-    """Put ``flag``, or the image size's, in front of a ModelError about its value, and name the flags that would do:
-    that of a file of weights, or of what is to be named."""
+    """Put ``flag``, or that of the image size or the budget, in front of an error about its value, and name the flags
+    that would do: that of a file of weights, or of what is to be named."""
     try:
         yield
     except NotNamed as error:
-        raise InputError(f"{error} by --{error.argument.replace('_', '-')}") from None
+        raise InputError(f"{error.advice} by --{error.argument.replace('_', '-')}") from None
+    except BudgetError as error:
+        kind, _, words = str(error).partition(" ")
+        raise InputError(f"--{kind.replace('_', '-')} {words}") from None
     except SizeError as error:
         raise InputError(f"--input-size {error}") from None
     except ModelError as error:

@@ -98,6 +98,9 @@ def test_correlations_shrink_where_tokens_are_few_and_not_where_they_are_many():
     assert found[1000] < 0.01 and found[8] > 0.1
     nothing = (torch.zeros(12, dtype=torch.float64), torch.zeros(12, 12, dtype=torch.float64))
     assert 0 < choose_shrinkage([halves[0], nothing], weight, gram) < 1, "one proxy image: nothing to compare with"
+    rounding = torch.linspace(-1, 1, 144, dtype=torch.float64).view(12, 12) * 1e-17
+    halves[0] = (halves[0][0], rounding + rounding.mT)
+    assert 0.8 < choose_shrinkage(halves, weight, gram) < 1, "a half of one token predicts nothing"
 
 
 def test_greedy_order_picks_the_best_next_unit_each_time():

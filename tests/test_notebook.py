@@ -94,6 +94,8 @@ def test_cuts_are_those_of_the_budget_and_compensated_if_that_is_known(folder):
         supernet.cut(mac="1M")
     with pytest.raises(InputError, match="params 'ten' is not a number such as"):
         supernet.cut(params="ten")
+    with pytest.raises(InputError, match=r"^macs_ratio 0\.01: out of reach"):
+        supernet.cut(macs_ratio=0.01)
 
 
 @torch.no_grad()

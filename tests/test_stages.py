@@ -230,11 +230,12 @@ def test_saved_sub_networks_go_through_the_stages_and_to_other_data(chain, tmp_p
         (again,) = rows_of(tmp_path / name)
         for key in ("top1", "loss", "macs", "parameters", "widths"):
             assert again[key] == row[key]
-    for option, begin in (("--macs-ratio 0.5", "macs_ratio 0.5: "), ("--plot", "--plot draws a super-network: ")):
+    for option, begin in (("--macs-ratio 0.5", "--macs-ratio 0.5: "), ("--plot", "--plot draws a super-network: ")):
         refused = run(f"main_test.py {DIGITS} --checkpoint {folder} {option} --output-dir {tmp_path}/no", expect=2)
         (line,) = (line for line in refused.splitlines() if line.startswith("error: "))
         assert line.startswith(f"error: {begin}{folder}") and "is one sub-network" in line
         assert "Traceback" not in refused and "evaluate" not in refused and not (tmp_path / "no").exists()
+    assert "is one sub-network, of which nothing" in run(f"tools/measure.py {DIGITS} --checkpoint {folder}", expect=2)
     images = folder_of_digits(tmp_path / "images", classes=3, count=400)
     other, tuned = f"{MACHINE} --data-set IMNET --data-path {images}", tmp_path / "tuned"
     output = run(
@@ -335,6 +336,7 @@ def test_a_network_without_a_classifier_is_reparameterised_without_labels(repara
     assert "top-1" not in output and "costs alone" in output
     assert {row["top1"] for row in rows_of(tmp_path / "costs")} == {None}
     assert load_subnetwork(tmp_path / "net/macs_ratio_0.3")(torch.zeros(2, 3, 16, 16)).shape == (2, 64)
+    assert "has no classifier" in run(f"{command} --class-map names.txt", expect=2)
     output = run(f"{command} --probe knn --output-dir {tmp_path}/knn", ranks=2)
     assert "top-1 (knn)" in output and "costs alone" not in output
     for row in rows_of(tmp_path / "knn"):

@@ -34,6 +34,8 @@ def main(args):
     named = {name: getattr(args, name) for name in ("model", "input_size", "mask_table", "use_ema")}
     with utils.name_flag("--model"):
         loaded = load_supernet(path, compensate=False, **named)
+    if loaded.one_size:
+        raise InputError(f"{path}: is one sub-network, of which nothing more is cut; expected a super-network")
     if loaded.began:
         raise InputError(f"{path}: was trained with the compensation of stage 1, and is cut with it")
     supernet = loaded.supernet.to(device)

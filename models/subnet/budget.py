@@ -6,7 +6,7 @@ from math import gcd
 from typing import NamedTuple
 
 from models.vit.widths import BRANCH_NAMES, Widths
-from utils import InputError, quantity, table_text, with_unit
+from utils import BudgetError, InputError, quantity, table_text, with_unit
 
 # A budget this little above the full network still asks for the full network: printed figures are rounded.
 BUDGET_SLACK = 1.005
@@ -62,14 +62,14 @@ class Budget:
     def choose(self, table, costs, finer=False):
         """The largest sub-network of ``table`` within this budget, a Choice. costs: Costs.
 
-        finer: keep as much of what the step before keeps as still fits. Raises InputError with the reachable range.
+        finer: keep as much of what the step before keeps as still fits. Raises BudgetError with the reachable range.
         """
         if self.kind not in BUDGET_KINDS:
             raise InputError(f"a budget of kind '{self.kind}': choose from {', '.join(BUDGET_KINDS)}")
         if self.kind == "op_code":
             step = table.last if self.value == -1 else self.value
             if step not in range(table.last + 1):
-                raise InputError(f"op_code {self.value}: steps run from 0 to {table.last} (or -1 for the last)")
+                raise BudgetError(f"op_code {self.value}: steps run from 0 to {table.last} (or -1 for the last)")
             return Choice(int(step), table.steps[int(step)])
         cost = costs.parameters if self.kind == "params" else costs.macs
         one = cost(costs.full) if self.kind == "macs_ratio" else 1
@@ -80,11 +80,11 @@ class Budget:
         return Choice(step, widths, widths != table.steps[step])
 
     def check_reach(self, step, least, most):
-        """Raise InputError if no step is within the budget, or the budget is above the full network's cost."""
+        """Raise BudgetError if no step is within the budget, or the budget is above the full network's cost."""
         if step is None or not self.value <= most * BUDGET_SLACK:
             counted = self.kind in ("macs", "params")
             low, high = (with_unit(x) if counted else f"{x:.4g}" for x in (least, most))
-            raise InputError(f"{self}: out of reach; this table has networks from {low} to {high}")
+            raise BudgetError(f"{self}: out of reach; this table has networks from {low} to {high}")
 
 
 def widen(table, step, cost, limit, indivisible):

@@ -115,7 +115,7 @@ class LatencyTable:
         """The largest step of a WidthTable within a 'latency_ms' Budget, a Choice.
 
         What is not known yet is measured, first both ends of the table, then by bisection. A table without a
-        super-network chooses among the steps that it knows. Raises InputError with the reachable range.
+        super-network chooses among the steps that it knows. Raises BudgetError with the reachable range.
         """
         missing = [step for step in (0, table.last) if step not in self.known(table)]
         if self.loaded and missing:

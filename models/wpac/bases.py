@@ -129,7 +129,7 @@ def choose_shrinkage(halves, weight, gram):
     Args: halves: two (mean [n], covariance [n, n]) of x; weight [D, n] of the Linear that reads it; gram [D, D].
     """
     kept = max(int(KEPT_TO_COMPARE * weight.shape[1]), 1)
-    lost = sum(torch.stack(_lost_elsewhere(*pair, weight, gram, kept)) for pair in (halves, halves[::-1]))
+    lost = sum(_lost_elsewhere(*pair, weight, gram, kept) for pair in (halves, halves[::-1]))
     share = SHRINKAGES[(lost <= (1 + TOLERATED) * lost.min()).nonzero().max()]
     return share / (2 - share)
 
@@ -137,20 +137,21 @@ def choose_shrinkage(halves, weight, gram):
 def _lost_elsewhere(here, elsewhere, weight, gram, kept):
     """For each of SHRINKAGES, E|G^(1/2) (W x - W' x[:kept] - b')|^2 elsewhere, for W' and b' fitted here."""
     (mean, covariance), (other_mean, other) = here, elsewhere
-    dropped, shift, predictors = weight[:, kept:], other_mean - mean, covariance[:kept, :kept]
-    deviation = (predictors.diagonal() + _floor(_finite(predictors))).sqrt()
+    dropped, shift, predictors = weight[:, kept:], other_mean - mean, _finite(covariance)[:kept, :kept]
+    # Where tokens hardly differ, rounding leaves variances and eigenvalues below zero.
+    deviation = (predictors.diagonal().clamp(min=0) + _floor(predictors)).sqrt()
     values, vectors = torch.linalg.eigh((predictors / deviation / deviation[:, None]).fill_diagonal_(1))
-    # x[:kept] = back^T y, with y uncorrelated here: shrinking scales what is folded, column by column.
+    # y = to^T x[:kept] is uncorrelated here, so that shrinking scales what is folded, column by column.
     to = vectors / deviation[:, None]
     target, other_target = (dropped @ c[kept:, :kept] @ to for c in (covariance, other))
     spread, linear = to.mT @ other[:kept, :kept] @ to, (target * (gram @ other_target)).sum(0)
     quadratic, moved = spread * (target.mT @ gram @ target), to.mT @ shift[:kept]
     of_dropped, lost = ((gram @ dropped) * (dropped @ other[kept:, kept:])).sum(), []
     for share in SHRINKAGES:
-        scale = (1 - share) / ((1 - share) * values + share)
+        scale = (1 - share) / ((1 - share) * values.clamp(min=0) + share)
         mean_lost = dropped @ shift[kept:] - target @ (scale * moved)
         lost.append(of_dropped + scale @ quadratic @ scale - 2 * scale @ linear + mean_lost @ gram @ mean_lost)
-    return lost
+    return torch.stack(lost).clamp(min=0)
 
 
 def greedy_order(covariance, weight, gram, importance):
