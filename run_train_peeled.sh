@@ -1,6 +1,6 @@
 #!/bin/sh
-# Stage 4 on ImageNet, as in the paper: 30 epochs at learning rate 5e-5 for one sub-network of each super-network, of
-# either RECIPE. Variables are in tools/stage.sh and here.
+# Stage 4 on ImageNet, as in the paper: 30 epochs for one sub-network of each super-network, of either RECIPE, at
+# learning rate 5e-5 for 512 images. Variables are in tools/stage.sh and here.
 . "$(dirname "$0")/tools/stage.sh"
 BATCH=${BATCH:-128}               # per GPU; the learning rate follows the total
 RATIO=${RATIO:-0.5}               # share of the full network's MACs

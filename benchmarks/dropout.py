@@ -377,11 +377,13 @@ def report(results, args):
     head = ["top-1 at this share of the MACs", *(f"{share:.2f}" for share in SHARES)]
     before, deviation = spread([run["pretrained"] for run in results[PLAIN]])
     minutes = sum(run["seconds"] for runs in results.values() for run in runs) / 60
-    only = "" if len(results) == len(VARIANTS) else " --variants " + " ".join(f'"{name}"' for name in results)
+    settings = ("data_set", "model", "pretrain_passes", "passes", "lr")
+    changed = [f" --{n.replace('_', '-')} {getattr(args, n)}" for n in settings if getattr(args, n) != FLAGS[n]]
+    changed += [] if len(results) == len(VARIANTS) else [" --variants", *(f' "{name}"' for name in results)]
     yield (
         f"# Dropout training at equal compute: {args.model} on {args.data_set}\n\n"
-        f"`python benchmarks/dropout.py{only}`; {len(args.seeds)} seeds. Each variant trains for what {args.passes:g} "
-        f"passes over the training set through the full network cost, from networks of top-1 "
+        f"`python benchmarks/dropout.py{''.join(changed)}`; {len(args.seeds)} seeds. Each variant trains for what "
+        f"{args.passes:g} passes over the training set through the full network cost, from networks of top-1 "
         f"{before:.2f} ± {deviation:.2f}. "
         f"{minutes:.0f} minutes of one thread in all, pre-training apart, in {args.workers} processes on "
         f"{utils.machine_name(CPU)}. Mean ± sample standard deviation over seeds.\n\n"

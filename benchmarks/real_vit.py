@@ -145,7 +145,7 @@ def claims(full, found):
     """What the figures must show, decided from the figures: lines of Markdown."""
     for size, limit in zip(list(found[OURS])[1:4], (1, 2, 8), strict=True):
         lost = full - found[OURS][size]["top1"]
-        yield common.claim(f"{size}: {lost:.1f} points below the full network; at most {limit}", lost <= limit)
+        yield common.claim(f"{size}: {-lost:+.1f} points from the full network; at most {limit} below", lost <= limit)
     for name in (name for name in OTHERS if name in found):
         worse = [size for size, row in found[name].items() if row["kl"] <= found[OURS][size]["kl"]]
         yield common.claim(f"`{OURS}` has a lower KL than `{name}` at every size", not worse)
@@ -153,10 +153,11 @@ def claims(full, found):
 
 def report(bench, found, args, device):
     full = agreement(bench.reference, bench.labels)
+    weights = f" --pretrained {Path(args.pretrained).name}" if args.pretrained else ""
     yield (
-        f"# {args.model} on {args.data_set}, cut without training\n\n`benchmarks/real_vit.py --model {args.model} "
-        f"--data-set {args.data_set} --proxy-samples {args.proxy_samples} --test-images {args.test_images}`, "
-        f"{len(found)} of {len(METHODS)} rows (`--methods`); "
+        f"# {args.model} on {args.data_set}, cut without training\n\n`python benchmarks/real_vit.py --model "
+        f"{args.model}{weights} --data-set {args.data_set} --proxy-samples {args.proxy_samples} --test-images "
+        f"{args.test_images}`, {len(found)} of {len(METHODS)} rows (`--methods`); "
         f"{torch.get_num_threads()} thread(s) of {utils.machine_name(device)}. The full network: top-1 {full:.1f}.\n\n"
         "Each cell: top-1 in % / agreement with the full network in % / KL to it in nats. One network, one seed: one "
         f"image is {100 / len(bench.labels):.2f} points, so read the KL.\n"
