@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset
+from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
@@ -97,7 +97,9 @@ def _idx(path):
 
 def _image_folder(root, train):
     """Folders of classes. Both splits must have the same ones: labels are their positions in alphabetical order."""
-    training, folder = root / "train", root / ("train" if train else "val")
+    names = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation")  # all that timm's knows
+    training, evaluation = (next((root / n for n in some if (root / n).is_dir()), root / some[0]) for some in names)
+    folder = training if train else evaluation
     above = root.resolve().parent
     if root.resolve().name in ("train", "val") and not training.is_dir() and (above / "train").is_dir():
         raise InputError(f"{root}: one half of a data set; give the folder above, {above}")
@@ -166,14 +168,15 @@ DATA_SETS = {
 }
 
 
-# The names of the paper's own code, in capitals.
-OFFICIAL_NAMES = {"FLOWERS102": "FLOWERS", "CUB200": "CUB", "CARS196": "CARS", "CIFAR100": "CIFAR", "FOOD101": "FOOD"}
+# The names of the paper's own code, in capitals, and timm's for folders, whose classes it numbers anew in each split.
+OTHER_NAMES = {"FLOWERS102": "FLOWERS", "CUB200": "CUB", "CARS196": "CARS", "CIFAR100": "CIFAR", "FOOD101": "FOOD"}
+OTHER_NAMES |= dict.fromkeys(("IMAGEFOLDER", "IMAGEFOLDER/", "TORCH/IMAGE_FOLDER", "TORCH/FOLDER"), "IMNET")
 
 
 def load_images(args, train):
     """The images of ``args.data_set`` below ``args.data_path``, untransformed. Their member ``num_classes`` is None if
     the data set does not say it. Raises InputError if they are absent."""
-    name = OFFICIAL_NAMES.get(args.data_set.upper(), args.data_set.upper())
+    name = OTHER_NAMES.get(args.data_set.upper(), args.data_set.upper())
     load, classes, expected = DATA_SETS.get(name, (partial(_timms_data_set, args.data_set), None, "what timm reads"))
     try:
         dataset = load(Path(args.data_path), train)
@@ -199,16 +202,12 @@ def _timms_data_set(name, root, train):
         )
     if kind in ("tfds", "wds", "hfids"):
         raise InputError(f"--data-set {name}: a stream; supported are data sets with images by number")
-    if kind not in ("imagefolder", "torch"):
-        close = nearest(name.upper(), [*DATA_SETS, *OFFICIAL_NAMES, "IMAGEFOLDER"])
+    if kind != "torch":
+        close = nearest(name.upper(), [*DATA_SETS, *OTHER_NAMES])
         raise InputError(
             f"--data-set {name}: neither one of {', '.join(DATA_SETS)} nor timm's ImageFolder or torch/...{close}"
         )
-    _refuse_loops(root)
-    dataset = create_dataset(name, root=root, split="train" if train else "validation")
-    if isinstance(dataset, ImageDataset):  # which answers with the next image when one cannot be read
-        return ListedDataset(dataset.reader.samples, len(dataset.reader.class_to_idx))
-    return dataset
+    return create_dataset(name, root=root, split="train" if train else "validation")
 
 
 def class_names(dataset):
@@ -451,7 +450,7 @@ class KeyedSampler:
     def set_epoch(self, epoch, done=0):
         """Go through ``epoch`` next, without its first ``done`` images, which a resumed run has seen."""
         self.epoch, self.done = epoch, done
-        self.base.set_epoch(epoch)
+        self.base.set_epoch(self.seed + epoch)  # from which alone it is shuffled
 
     def __len__(self):
         return len(self.base)
@@ -468,7 +467,7 @@ def train_loader(images, model, args):
     if args.repeated_aug:
         base = RepeatAugSampler(images, num_repeats=3, **place)
     else:
-        base = DistributedSampler(images, shuffle=True, seed=args.seed, **place)
+        base = DistributedSampler(images, shuffle=True, **place)
     if len(base) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size} is more than the {len(base)} training images of one rank")
     sampler, stay = KeyedSampler(base, args.seed), args.num_workers > 0

@@ -57,7 +57,7 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
                 images, labels = mixup(images[:even], labels[:even])
             loss = loss + _backward(run, subnets, images, labels, criterion, teacher, micro + 1 == args.accum_iter)
         flags = [not torch.isfinite(loss), utils.stopping()]
-        bad, stop = utils.all_reduce_max(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()
+        bad, stop = utils.all_reduce(torch.tensor(flags, dtype=torch.int32, device=device), "MAX").tolist()
         _finish_update(run, step, loss, bad)
         if stop or (args.save_every_steps and run.updates % args.save_every_steps == 0):
             run.mean_loss()
@@ -139,12 +139,13 @@ def evaluate_all(sizes, loader, device, amp="none"):
                 logits = network(images)
             spent += watch.seconds()
             logits = logits.float()
-            top1, top5 = accuracy(logits, labels, topk=(1, 5))
+            # timm's accuracy is a share in float32: the number of hits is an integer again.
+            top1, top5 = ((share * n / 100).round() * 100 for share in accuracy(logits, labels, topk=(1, 5)))
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            own += torch.stack((loss, top1 * n, top5 * n, torch.tensor(float(n), device=device)))
-    rates = utils.all_reduce_sum(sums[:, 3:] / seconds.clamp(min=1e-9)).flatten().tolist()
+            own += torch.stack((loss, top1, top5, torch.tensor(float(n), device=device)))
+    rates = utils.all_reduce(sums[:, 3:] / seconds.clamp(min=1e-9)).flatten().tolist()
     figures = []
-    for (loss, top1, top5, n), rate in zip(utils.all_reduce_sum(sums).tolist(), rates, strict=True):
+    for (loss, top1, top5, n), rate in zip(utils.all_reduce(sums).tolist(), rates, strict=True):
         figures.append({"loss": loss / n, "top1": top1 / n, "top5": top5 / n, "images": int(n), "images_per_s": rate})
     return figures
 

@@ -128,7 +128,7 @@ def full_width_difference(original, rewritten, batches, device):
     for images, _, _ in batches:
         before, after = original(images.to(device)), rewritten(images.to(device))
         largest = torch.maximum(largest, torch.stack(((before - after).abs().max(), before.abs().max())))
-    difference, logit = utils.all_reduce_max(largest).tolist()
+    difference, logit = utils.all_reduce(largest, "MAX").tolist()
     return difference / max(logit, 1e-12)
 
 
@@ -164,7 +164,7 @@ def print_next(args, output):
         print_once("and to train a super-network from here:")
     else:
         print_once(f"wrote {weights} and report.json; next:")
-    options.print_command(args, "main_train.py", "--model", args.model, "--pretrained", weights)
+    options.print_command(args, "main_train.py", *options.model_flags(args), "--pretrained", weights)
 
 
 if __name__ == "__main__":

@@ -107,12 +107,13 @@ def make_test(args, loaded):
     if args.probe:
         both = [datasets.eval_loader(x, network, args) for x in (datasets.load_images(args, train=True), images)]
         return lambda networks, device: [probe(n, *both, device, args.amp, args.probe) for n in networks]
-    own, names = images.num_classes, None
+    names = known = network.pretrained_cfg.get("label_names")  # of a sub-network that was saved with them
+    own = datasets.class_names(images)
     if args.class_map:
         names = utils.read_text(args.class_map, "expected the name of a class in every line").splitlines()
-    if names or own not in (None, classes):
+    if args.class_map or images.num_classes not in (None, classes) or (known and own not in (None, list(known))):
         names = datasets.relabel(images, classes, f"--data-set {args.data_set}", names)
-    network.pretrained_cfg["label_names"] = names or datasets.class_names(images)
+    network.pretrained_cfg["label_names"] = names or own
     loader = datasets.eval_loader(images, network, args)
     return lambda networks, device: evaluate_all([(n, None) for n in networks], loader, device, args.amp)
 

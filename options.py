@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -19,7 +20,7 @@ from models.subnet import export, store
 from models.subnet.budget import BUDGET_KINDS, Budget
 from models.subnet.latency import REPEATS, WARM_UP, LatencyTable
 from models.vit.cost import Costs
-from models.vit.pretrained import ALIASES, OWN_SHAPES
+from models.vit.pretrained import ALIASES, OWN_SHAPES, image_shape
 from models.vit.supernet import as_supernet, branches, full_widths
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
@@ -80,6 +81,12 @@ def command(args, script, *flags):
     """The command that starts another stage with ``flags`` on the same data, quoted as a shell reads it."""
     words = ["python", script, *flags, "--data-set", args.data_set, "--data-path", args.data_path]
     return shlex.join(map(str, words))
+
+
+def model_flags(args):
+    """The words of the command line that name the same network to another stage."""
+    named = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("model", "input_size", "nb_classes")}
+    return [word for flag, value in named.items() if value for word in (flag, value)]
 
 
 def print_command(args, script, *flags):
@@ -295,8 +302,12 @@ def load(args, **kwargs):
         loaded = store.load_supernet(path, **{name: getattr(args, name) for name in names}, **kwargs)
         for budget in budgets(args) if loaded.one_size else ():
             raise utils.BudgetError(f"{budget}: {path} is one sub-network of one size; budgets need the super-network")
-    if loaded.one_size and args.calibrate:
-        raise InputError(f"--calibrate {args.calibrate}: {path} is one sub-network; this needs the super-network")
+    for name in ("calibrate", "mask_table", "compensation", "compensate", "finer") if loaded.one_size else ():
+        if name in args.given:
+            flag = "no-compensation" if name == "compensate" else name.replace("_", "-")
+            raise InputError(f"--{flag}: {path} is one sub-network; this needs the super-network")
+    if loaded.one_size and args.model and replace(loaded.spec, name=args.model).timm_call() != loaded.spec.timm_call():
+        raise InputError(f"--model {args.model}: {path} is a sub-network of {loaded.spec.name}")
     return loaded
 
 
@@ -310,7 +321,7 @@ def choose(loaded, asked, args, device):
     """The Choice of every Budget: computed, or for a 'latency_ms' one measured on ``--latency-device``."""
     latencies = None
     if any(budget.kind == "latency_ms" for budget in asked):
-        latencies = LatencyTable.load(args.latency_device) if is_file(args) else latency_table(loaded, args, device)
+        latencies = (latencies_of_file if is_file(args) else latency_table)(loaded, args, device)
     with utils.name_flag("--model"):
         choices = [
             latencies.choose(budget, loaded.table)
@@ -353,6 +364,19 @@ def latency_table(loaded, args, device):
     amp = args.amp if place.type == device.type else utils.resolve_amp("auto", place)
     latencies = LatencyTable.beside(loaded, place, args.latency_batch_size, amp)
     print_once(f"latencies: {latencies.conditions}; median of {REPEATS} after {WARM_UP}; kept in {latencies.path}")
+    return latencies
+
+
+def latencies_of_file(loaded, args, _device):
+    """The LatencyTable of the file ``--latency-device``, whose batch size holds from here on. Raises InputError if it
+    is of images or batches of another size than are asked for."""
+    latencies, size = LatencyTable.load(args.latency_device), image_shape(loaded.supernet)[1]
+    of = latencies.conditions
+    if of.img_size != size or ("latency_batch_size" in args.given and args.latency_batch_size != of.batch_size):
+        wanted = f"batch {args.latency_batch_size}, {size} px"
+        raise InputError(f"--latency-device {args.latency_device}: measured at {of}, and not at {wanted}")
+    args.latency_batch_size = of.batch_size
+    print_once(f"latencies: {of}, of {args.latency_device}")
     return latencies
 
 

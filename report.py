@@ -56,10 +56,11 @@ def labelled(text, name):
 def read(text):
     """(label, rows) of the results.json that the words LABEL=FOLDER name. Raises InputError."""
     label, path = labelled(text, "results.json")
-    results = parse_json(path.read_text(), path)
-    if not isinstance(results, dict) or not results.get("rows"):
+    results, wanted = parse_json(path.read_text(), path), {"asked", "macs", "top1"}
+    rows = results.get("rows") if isinstance(results, dict) else None
+    if not rows or not isinstance(rows, list) or not all(isinstance(r, dict) and wanted <= r.keys() for r in rows):
         raise InputError(f"{path}: not the results of main_test.py")
-    return label, results["rows"]
+    return label, rows
 
 
 def draw_all(results, loaded, folder):

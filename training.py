@@ -92,7 +92,7 @@ class TrainingRun:
 
     def mean_loss(self):
         """Mean loss of this epoch's updates over all ranks, which keep it as their own. To be called by all ranks."""
-        mean = utils.all_reduce_sum(self.loss_sum / max(self.losses, 1)) / utils.world_size()
+        mean = utils.all_reduce(self.loss_sum / max(self.losses, 1)) / utils.world_size()
         self.loss_sum = mean * self.losses if utils.is_distributed() else self.loss_sum
         return mean.item()
 
@@ -224,12 +224,18 @@ class TrainingRun:
         tried = []
         for path in to_resume(self.args.resume, output):
             try:
-                return path, self.restore(path)
+                content = self.restore(path)
             except InputError as error:
                 if self.args.resume != "auto" or isinstance(error, FlagsDiffer):
                     raise
                 print_once(f"note: passed over: {error}")
                 tried.append(path.name)
+                continue
+            if not utils.all_the_same(path.name):
+                raise utils.RanksDisagree(
+                    f"--resume {self.args.resume}: not every rank can read {path}; see the storage"
+                )
+            return path, content
         if tried:
             raise InputError(
                 f"--resume auto: {output} holds nothing to go on from, of {', '.join(tried)} (the notes say why); give "

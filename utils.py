@@ -276,7 +276,10 @@ def run_stage(main, args):
         if not _another_rank_says(error):
             print(printable(f"error: {_in_words(error)}"), file=sys.stderr, flush=True)
     except Interrupted:
-        code = _code_of_a_stop()
+        # torchrun takes any code but 0 for a failure, and starts ranks again.
+        code = 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+        if STOPPED_FILE in os.environ:
+            Path(os.environ[STOPPED_FILE]).touch()
         if is_main():
             words = "stopped by a signal, saved; the same command with --resume auto goes on"
             print(words, file=sys.stderr, flush=True)
@@ -307,13 +310,6 @@ def _another_rank_says(error):
     while len(_signals) == before and time.monotonic() < end:
         time.sleep(0.05)
     return len(_signals) > before
-
-
-def _code_of_a_stop():
-    """The exit code of a rank that was told to stop. torchrun takes any but 0 for a failure, and starts ranks again."""
-    if STOPPED_FILE in os.environ:
-        Path(os.environ[STOPPED_FILE]).touch()
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
 
 
 def _in_words(error):
@@ -401,7 +397,7 @@ def start_up(args):
     args.device = str(device)
     if hasattr(args, "amp"):
         args.amp = resolve_amp(args.amp, device)
-    seed_all(args.seed, 0, args.rank)
+    seed_all(args.seed, 0, 0)  # alike on all ranks: a new classifier is drawn from it
     print_once(
         f"{machine_name(device) if device.type == 'cuda' else 'CPU'}, {args.world_size} rank(s) of "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, timm {timm.__version__}"
@@ -481,18 +477,12 @@ def is_main():
     return rank() == 0
 
 
-def all_reduce_sum(tensor):
-    """The sum of ``tensor`` over all ranks, in its own dtype; the tensor itself in a single process."""
+def all_reduce(tensor, op="SUM"):
+    """The sum of ``tensor`` over all ranks, or with 'MAX' its largest values, in its own dtype; the tensor itself in a
+    single process."""
     if is_distributed():
         tensor = tensor.contiguous()
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def all_reduce_max(tensor):
-    """The largest value over all ranks, element by element."""
-    if is_distributed():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
     return tensor
 
 
@@ -577,6 +567,12 @@ def temporary_path(folder, name):
     return Path(folder) / f".{name}.{os.getpid()}.skd-part"
 
 
+def remove_left_overs(folder):
+    """Remove what killed runs were writing into ``folder``."""
+    for left in folder.glob(LEFT_OVER):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 @contextmanager
 def atomic_file(path):
     """Yield a temporary path beside ``path``. On success it is flushed and renamed to ``path``, else removed.
@@ -620,7 +616,7 @@ def parse_json(text, source):
     """What a JSON text holds. source: the name in errors. Raises InputError if it is not JSON."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # besides bad syntax: a number of 5,000 digits, 10,000 brackets
+    except (ValueError, TypeError, RecursionError) as error:  # no text, 5,000 digits, 10,000 brackets
         raise InputError(f"{source}: not JSON ({first_line(error)})") from None
 
 
@@ -639,8 +635,7 @@ def output_folder(path, flag="--output-dir"):
         try:
             path.mkdir(parents=True, exist_ok=True)
             _lock(path, flag)
-            for left in path.glob(LEFT_OVER):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove_left_overs(path)
         except OSError as error:
             raise unwritable(f"{flag} {path}", error) from None
     barrier()

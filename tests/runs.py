@@ -58,10 +58,11 @@ def train(output, *options, **more):
 
 
 def torchrun(script, *words, ranks=2, restarts=0, timeout=300):
-    """(output, exit code) of a script's ranks under torchrun, none of which outlives the time limit."""
+    """(output, exit code) of a script's ranks, under torchrun if there are several. None outlives the time limit."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = [*launcher, f"--max-restarts={restarts}"] if ranks > 1 else []
     process = subprocess.Popen(
-        [sys.executable, *launcher, f"--max-restarts={restarts}", script, *map(str, words)], cwd=ROOT, text=True,
+        [sys.executable, *launcher, script, *map(str, words)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip

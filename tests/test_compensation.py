@@ -70,6 +70,14 @@ def test_compensation_through_a_norm_is_nearly_the_best_for_what_the_narrower_no
     assert best <= left(*ours) < 1.1 * best and left(*ours) < left(*plain)
 
 
+def test_a_norm_that_has_lost_a_unit_gives_it_a_finite_gradient():
+    gamma = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    one, three = torch.ones(1, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    weight, bias = through_norm(torch.ones(1, 3).double(), one, torch.eye(3).double(), three, gamma, three)
+    (weight.sum() + bias.sum()).backward()
+    assert torch.isfinite(gamma.grad).all()
+
+
 def halves_of(count):
     """(problem's weight, its metric, (mean, covariance) of ``count`` samples and of as many others, the samples)."""
     a, w, weight, _, gram = problem(2 * count)

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import pickle
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_inaturalist_by_its_annotations(name, year, shared_args, tmp_path):
 
 def test_a_missing_data_set_is_named_with_its_path_under_the_names_of_the_papers_code_too(shared_args, tmp_path):
     own = {name: name for name in datasets.DATA_SETS if not name.startswith(("DIGITS", "INAT"))}
-    for name, ours in (own | datasets.OFFICIAL_NAMES).items():
+    for name, ours in (own | datasets.OTHER_NAMES).items():
         with pytest.raises(InputError) as error:
             datasets.load_images(named(shared_args, name.lower(), tmp_path), train=True)
         assert str(error.value).startswith(f"{tmp_path}") and datasets.DATA_SETS[ours][2] in str(error.value)
@@ -126,15 +127,33 @@ def test_the_number_of_classes_must_be_said_by_somebody():
 
 
 def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
-    for split in ("train", "validation"):
-        for name in ("cat", "dog", "eel"):
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.new("L", (9, 9)).save(tmp_path / split / name / "0.png")
-    dataset = datasets.load_images(named(shared_args, "ImageFolder", tmp_path), train=True)
-    assert len(dataset) == 3 and dataset.num_classes == 3
+    images_in(tmp_path, "cat", "dog", "eel")
+    (tmp_path / "val").rename(tmp_path / "validation")
+    args = named(shared_args, "ImageFolder", tmp_path)
+    dataset = datasets.load_images(args, train=True)
+    assert len(dataset) == 3 and dataset.num_classes == 3 and len(datasets.load_images(args, train=False)) == 3
     loader = datasets.eval_loader(dataset, tiny_vit(), shared_args)
     images, labels, _ = next(iter(loader))
     assert images.shape == (3, 3, 16, 16) and labels.tolist() == [0, 1, 2]
+    shutil.rmtree(tmp_path / "validation/cat")
+    with pytest.raises(InputError, match="has no class folder 'cat'"):
+        datasets.load_images(args, train=False)
+    (tmp_path / "validation").rename(tmp_path / "test")
+    with pytest.raises(InputError, match="no ImageFolder; expected train/<class>/"):
+        datasets.load_images(args, train=False)
+
+
+def test_the_order_of_the_images_depends_on_the_seed(shared_args):
+    images = datasets.load_images(shared_args, train=True)
+
+    def order(seed, repeated):
+        args = training_args(shared_args, repeated_aug=repeated, seed=seed)
+        sampler = datasets.train_loader(images, tiny_vit(), args).sampler
+        sampler.set_epoch(2)
+        return [index for index, _ in sampler]
+
+    for repeated in (True, False):
+        assert order(0, repeated) == order(0, repeated) != order(1, repeated)
 
 
 def images_in(root, *names):

@@ -222,6 +222,14 @@ def test_several_sizes_are_evaluated_on_images_that_are_read_once(shared_args):
     assert len({figures["loss"] for figures in together}) == len(sizes)
 
 
+def test_accuracies_are_whole_numbers_of_images():
+    labels = torch.zeros(23, dtype=torch.long)
+    logits = torch.zeros(23, 10)
+    logits[:17, 0], logits[17:, 1:7] = 1.0, 1.0  # 17 of 23 are right, and the others not among the first five
+    figures = evaluate(nn.Identity(), [(logits, labels)], CPU)
+    assert figures["top1"] == figures["top5"] == 1700 / 23
+
+
 @pytest.mark.parametrize("kind", ["knn", "linear"])
 def test_a_probe_finds_what_the_features_tell(kind):
     """Three classes apart in direction; one of ten test images has another's features."""

@@ -14,10 +14,12 @@ import timm
 import torch
 from conftest import random_images
 from safetensors import safe_open
+from test_data_and_weights import images_in
 from timm.data import create_transform, resolve_data_config
 
 import datasets
 import main_test
+import options
 from models.subnet import export, load
 from models.subnet.extract import extract
 from models.subnet.store import load_supernet, subnet_config
@@ -168,31 +170,58 @@ def test_the_stages_read_a_saved_folder_at_any_input_size_and_a_fine_tuned_check
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("flags", "message"),
     [
-        (lambda text: text[:40], "cannot be read"),
-        (lambda text: text.replace('"widths"', '"depths"'), "it has no widths"),
-        (lambda text: text.replace("[256, 0, 8, 0]", "[512, 0, 8, 0]"), "its description is that of no network"),
-        (lambda text: text.replace("[256, 0, 8, 0]", f"[{10**400}, 0, 8, 0]"), "is no size"),
-        (lambda text: text.replace("[256, 0, 8, 0]", "[" * 10**5), "cannot be read"),
-        (
-            lambda text: text.replace('"model_args": {', '"model_args": {"checkpoint_path": "x", '),
-            "it names checkpoint_path",
-        ),
-        (lambda text: text.replace('"model_args": {', '"model_args": {"pretrained": true, '), "it names pretrained"),
-        (
-            lambda text: text.replace('"pretrained_cfg": {', '"pretrained_cfg": {"hf_hub_id": "x", '),
-            "it names hf_hub_id",
-        ),
-        (lambda text: text.replace('"vit_tiny_patch16_224"', '"hf-hub:someone/x"'), "it names hf-hub:someone/x"),
-        (lambda text: text.replace('"num_classes": 10', '"num_classes": 11'), "does not fit"),
-        (lambda text: text.replace('"vit_digits"', '"os.system"'), "neither one of"),
+        ("--finer", "^--finer: .* is one sub-network"),
+        ("--no-compensation", "^--no-compensation: .* is one sub-network"),
+        ("--model vit_tiny", "^--model vit_tiny: .* is a sub-network of vit_digits"),
     ],
 )
-def test_a_damaged_folder_is_refused_in_one_line(change, message, tmp_path):
+def test_what_a_sub_network_has_no_use_for_is_refused(flags, message, tmp_path):
+    saved(tmp_path)
+    with pytest.raises(InputError, match=message):
+        options.load(main_test.get_args(["--checkpoint", str(tmp_path), *flags.split()]))
+
+
+def test_a_sub_network_is_tested_by_the_names_of_its_classes_and_keeps_them(tmp_path, monkeypatch):
+    saved(tmp_path / "net")
+    names, images = ["cat", "dog", "eel", *"abcdefg"], []
+    monkeypatch.setattr(datasets, "eval_loader", lambda found, network, args: images.append(found))
+
+    def tested(data_set):
+        args = main_test.get_args(f"--checkpoint {tmp_path / 'net'} --data-set {data_set} --device cpu".split())
+        args.data_path, loaded = images_in(tmp_path / data_set, "dog", "eel"), options.load(args)
+        loaded.supernet.pretrained_cfg["label_names"] = names
+        main_test.make_test(args, loaded)
+        assert loaded.supernet.pretrained_cfg["label_names"] == names
+        return images[-1]
+
+    assert [label for _, label in tested("IMNET")] == [1, 2] and tested("DIGITS")[0][1] < 10
+    names[1] = "owl"
+    with pytest.raises(InputError, match="and none of these is 'dog'"):
+        tested("ImageFolder")
+
+
+DAMAGES = [  # a text in config.json, what stands in its place, what is said
+    ("{", "", "cannot be read"),
+    ('"widths"', '"depths"', "it has no widths"),
+    ("[256, 0, 8, 0]", "[512, 0, 8, 0]", "its description is that of no network"),
+    ("[256, 0, 8, 0]", f"[{10**400}, 0, 8, 0]", "is no size"),
+    ("[256, 0, 8, 0]", "[" * 10**5, "cannot be read"),
+    ('"model_args": {', '"model_args": {"checkpoint_path": "x", ', "it names checkpoint_path"),
+    ('"model_args": {', '"model_args": {"pretrained": true, ', "it names pretrained"),
+    ('"pretrained_cfg": {', '"pretrained_cfg": {"hf_hub_id": "x", ', "it names hf_hub_id"),
+    ('"vit_tiny_patch16_224"', '"hf-hub:someone/x"', "it names hf-hub:someone/x"),
+    ('"num_classes": 10', '"num_classes": 11', "does not fit"),
+    ('"vit_digits"', '"os.system"', "neither one of"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_folder_is_refused_in_one_line(old, new, message, tmp_path):
     saved(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(change(path.read_text()))
+    path.write_text(path.read_text().replace(old, new))
     with pytest.raises(InputError, match=message) as error:
         load_supernet(tmp_path)
     assert "\n" not in str(error.value)
@@ -247,6 +276,14 @@ def test_an_export_that_differs_leaves_no_file_and_what_was_there_stays(logit, t
     assert (tmp_path / "net/model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
     assert sorted(path.name for path in (tmp_path / "net").iterdir()) == FILES
+
+
+def test_what_was_exported_of_another_network_goes_when_its_folder_is_written_again(tmp_path):
+    saved(tmp_path, formats=["pt2"])
+    (tmp_path / ".files.1.skd-part").mkdir()  # of a run that was killed
+    (tmp_path / "notes.txt").touch()
+    saved(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "notes.txt"])
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -134,7 +134,7 @@ def test_nothing_that_is_given_ends_in_a_traceback_a_hang_or_half_a_file(net, tm
         note(said)
         assert not hangs and process.exitcode in (0, 2) and "Traceback" not in said
         assert (process.exitcode == 2) == ("error: " in said)
-        assert not list(folder.rglob(".*.part"))
+        assert not list(folder.rglob(utils.LEFT_OVER))
         for path in (folder / "out").rglob("*") if (folder / "out").is_dir() else ():
             if path.suffix == ".json":
                 json.loads(path.read_text())

@@ -79,16 +79,22 @@ def test_the_file_says_what_it_holds_for_and_serves_that_elsewhere(net, counted,
     (path,) = tmp_path.glob("latency_*_batch2_16px_none.json")
     conditions = json.loads(path.read_text())["conditions"]
     assert conditions["batch_size"] == 2 and conditions["img_size"] == 16 and conditions["threads"] == 1
-    args = Namespace(latency_device=str(path), latency_batch_size=1, finer=False, amp="none")
+    args = Namespace(latency_device=str(path), latency_batch_size=1, finer=False, amp="none", given=[])
     counted.clear()
+    asked = Namespace(**vars(args) | {"given": ["latency_batch_size"]})
+    with pytest.raises(InputError, match=r"measured at batch 2, 16 px on .*, and not at batch 1, 16 px"):
+        options.choose(net, [Budget("latency_ms", 16.0)], asked, CPU)
     within, exact = options.choose(net, [Budget("latency_ms", 16.0), Budget("op_code", 2)], args, CPU)
     assert (within.step, exact.step) == (5, 2) and within.latency_ms <= 16 and not counted
+    assert args.latency_batch_size == 2, "images/s are of these batches"
     assert not beside(net, batch_size=4).points, "of another batch size"
     net.table.steps = net.table.steps[1:4]
     assert not beside(net).known(net.table), "of other networks"
 
 
+NO_SIZE = {"device": "x", "threads": 1, "batch_size": "2", "img_size": 16, "amp": "none"}
 DAMAGED = ["{", "[]", '{"points": [], "conditions": {"device": 1}}', '{"points": [{"ms": 1}]}']
+DAMAGED += [json.dumps({"points": [], "conditions": NO_SIZE})]
 
 
 @pytest.mark.parametrize("content", DAMAGED)

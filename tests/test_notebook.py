@@ -2,6 +2,7 @@
 
 import doctest
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -47,6 +48,12 @@ def test_the_page_says_what_happens(folder):
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
     assert result.attempted > 15 and not result.failed
     assert list(folder.glob("latency_*_batch8_16px_none.json"))
+
+
+def test_a_network_is_not_measured_by_labels_of_other_classes(folder, monkeypatch):
+    monkeypatch.setattr("datasets.load_images", lambda args, train: Namespace(num_classes=3))
+    with pytest.raises(InputError, match=r"^--objective label: .* has 10 classes, the data set 3; use"):
+        measure.main(measure.get_args(["--checkpoint", str(folder), "--device", "cpu"]))
 
 
 def test_a_network_is_measured_from_one_reading_of_its_checkpoint(folder, monkeypatch):

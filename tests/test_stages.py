@@ -3,15 +3,11 @@
 import argparse
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from runs import assert_equal, log_of
+from runs import assert_equal, log_of, torchrun
 
 import datasets
 from models.piad.width_table import WidthTable
@@ -33,15 +29,9 @@ SIZES = ("largest", "middle", "smallest")
 
 def run(command, ranks=1, expect=0):
     """Run a script of the repository in a process of its own; returns its output."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    result = subprocess.run(
-        [*launcher, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    output, code = torchrun(*command.split(), ranks=ranks, timeout=600)
+    assert code == expect, output
+    return output
 
 
 def rows_of(folder):
@@ -220,12 +210,8 @@ def test_saved_sub_networks_go_through_the_stages_and_to_other_data(chain, tmp_p
     assert output.count("model.pt2: largest difference") == 2
     for row, name in zip(rows, ("macs_ratio_0.5", "params_60.00K"), strict=True):
         folder = tmp_path / "net" / name
-        assert {path.name for path in folder.iterdir()} == {
-            "README.md",
-            "config.json",
-            "model.safetensors",
-            "model.pt2",
-        }
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"README.md", "config.json", "model.safetensors", "model.pt2"}
         run(f"main_test.py {DIGITS} --checkpoint {folder} --output-dir {tmp_path}/{name}")
         (again,) = rows_of(tmp_path / name)
         for key in ("top1", "loss", "macs", "parameters", "widths"):

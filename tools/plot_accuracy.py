@@ -53,6 +53,9 @@ def main(args):
     if args.training:
         logs = [labelled(text, LOG_NAME) for text in args.curves]
         runs = [(label, [parse_json(line, path) for line in path.read_text().splitlines()]) for label, path in logs]
+        for (_, rows), (_, path) in zip(runs, logs, strict=True):
+            if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+                raise InputError(f"{path}: not the log of a training run")
         for axes, (prefix, title) in zip(figure.subplots(1, len(TRAINING)), TRAINING.items(), strict=True):
             draw(axes, prefix, runs, lambda row: row["epoch"], [None])
             axes.set(xlabel="epoch", ylabel=title)

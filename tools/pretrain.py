@@ -9,7 +9,7 @@ import datasets
 import utils
 from engine import evaluate, mixup_and_criterion, train_one_epoch
 from models.vit.pretrained import ModelSpec, save_checkpoint
-from options import add_training_options, print_command, required_model, stage_parser
+from options import add_training_options, model_flags, print_command, required_model, stage_parser
 from training import TrainingRun
 from utils import print_once
 
@@ -48,7 +48,7 @@ def main(args):
     weights = output / "pretrained.pth"
     save_checkpoint({"model": {name: value.cpu() for name, value in model.state_dict().items()}}, weights)
     print_once(f"wrote {weights}; next:")
-    print_command(args, "main_reparam.py", "--model", args.model, "--pretrained", weights)
+    print_command(args, "main_reparam.py", *model_flags(args), "--pretrained", weights)
 
 
 if __name__ == "__main__":

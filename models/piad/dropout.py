@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import utils
-from models.piad.importance import branch_removal, drop_order, error_importance, sensitivity, unit_importance
+from models.piad.importance import branch_removal, drop_order, sensitivity, unit_importance
 from models.piad.width_table import WidthTable
 from models.vit.supernet import set_widths
 from models.vit.widths import Widths, branch_names
@@ -59,11 +59,14 @@ def grow(steps, importance, units, cost, target):
 
 
 def steps_by_error(compensation, units, costs, drop_ratio):
-    """The complete list of a super-network that is not trained, from the errors of stage 1: a list of Widths.
+    """The complete list of a super-network that is not trained, a list of Widths, by the closed-form error per MAC that
+    dropping a unit leaves.
 
-    compensation: 2L Compensation. drop_ratio: share of the full network's MACs that the last step has lost.
+    compensation: 2L Compensation, whose errors are in one currency, the expected square of what the objective loses.
+    drop_ratio: share of the full network's MACs that the last step has lost.
     """
-    steps, importance = [units.full], error_importance(compensation, units.full, units, costs.units())
+    rows = enumerate(zip(compensation, costs.units(), strict=True))
+    steps, importance = [units.full], [units.per_cost(known.errors, branch, cost) for branch, (known, cost) in rows]
     grow(steps, importance, units, costs.macs, costs.macs(units.full) * (1 - drop_ratio))
     return steps
 

@@ -105,8 +105,8 @@ def branch_removal(supernet, batches, measure="cost", amp="none"):
             with utils.autocast(device, amp):
                 sums += _branch_removal_of_batch(supernet, own, images, labels, MEASURES[measure])
             count += len(labels)
-    count = utils.all_reduce_sum(torch.tensor(float(count), dtype=torch.float64, device=device))
-    value, *without = (utils.all_reduce_sum(sums) / count).tolist()
+    count = utils.all_reduce(torch.tensor(float(count), dtype=torch.float64, device=device))
+    value, *without = (utils.all_reduce(sums) / count).tolist()
     return value, without
 
 
@@ -155,16 +155,6 @@ def unit_importance(gammas, statistics, widths, units, costs):
         alpha = taylor / taylor.sum().clamp(min=torch.finfo(taylor.dtype).tiny)
         importance.append(units.per_cost(gamma * alpha, branch, cost))
     return importance
-
-
-def error_importance(compensation, widths, units, costs):
-    """The importance of a unit per MAC without any training: the closed-form error that dropping it leaves.
-
-    compensation: 2L Compensation, whose errors are in one currency, the expected square of what the objective loses.
-    Returns 2L lists, first unit first.
-    """
-    rows = enumerate(zip(compensation, widths.flat, costs, strict=True))
-    return [units.per_cost(known.errors[:width], branch, cost) for branch, (known, width, cost) in rows]
 
 
 def drop_order(importance):

@@ -122,8 +122,11 @@ def _atomic_folder(folder):
     if the file system refuses."""
     place = utils.temporary_path(folder, "files")  # inside: another folder may be on another disk
     try:
+        utils.remove_left_overs(folder)
         place.mkdir(parents=True)
         yield place
+        for name in {PT2_NAME, ONNX_NAME, INT8_NAME} - {file.name for file in place.iterdir()}:
+            (folder / name).unlink(missing_ok=True)  # of another network that was saved here
         for file in place.iterdir():
             os.replace(file, folder / file.name)
     except OSError as error:

@@ -82,7 +82,10 @@ class LatencyTable:
         content = utils.parse_json(utils.read_text(path, "stage 3 writes it with --benchmark"), path)
         try:
             points = {Widths.from_dict(point["widths"]): float(point["ms"]) for point in content["points"]}
-            return cls(Path(path), Conditions(**content["conditions"]), points)
+            conditions = Conditions(**content["conditions"])
+            if not (type(conditions.batch_size) is type(conditions.img_size) is int):
+                raise ValueError(f"{conditions}")
+            return cls(Path(path), conditions, points)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{path}: not a file of latencies that stage 3 wrote ({error!r})") from None
 

@@ -123,17 +123,6 @@ def newest_checkpoint(folder):
     )
 
 
-def read(path):
-    """The checkpoint at ``path`` as a dict. Of a sub-network, member ``config`` is its description."""
-    content, beside = read_checkpoint(path), path.with_name(load.CONFIG_NAME)
-    if path.name == load.WEIGHTS_NAME and beside.is_file() and not path.with_name(TABLE_NAME).is_file():
-        try:
-            content["config"] = load.read_config(path.parent)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-    return content
-
-
 def load_supernet(
     path, *, model=None, input_size=None, mask_table=None, use_ema=False, compensation=None, compensate=None, **kwargs
 ):
@@ -151,7 +140,12 @@ def load_supernet(
     Raises InputError if the files do not belong together.
     """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
-    content = read(path)
+    content, beside = read_checkpoint(path), path.with_name(load.CONFIG_NAME)
+    if path.name == load.WEIGHTS_NAME and beside.is_file() and not path.with_name(TABLE_NAME).is_file():
+        try:  # a saved sub-network: this is its description
+            content["config"] = load.read_config(path.parent)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     if use_ema and not content.get("model_ema"):
         raise InputError(f"{path}: has no averaged weights (member 'model_ema')")
     state = content["model_ema" if use_ema else "model"]

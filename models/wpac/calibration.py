@@ -150,7 +150,7 @@ def _refit(subnet, branch, state, targets):
         weighted = a * _layout(cut, block, omega).double()
         gram += weighted.mT @ a
         cross += weighted.mT @ residual
-    gram, cross = utils.all_reduce_sum(gram), utils.all_reduce_sum(cross)
+    gram, cross = utils.all_reduce(gram), utils.all_reduce(cross)
     pull = RIDGE * gram.diagonal().mean() * torch.eye(size).to(gram)
     change = torch.linalg.solve(gram + pull, cross).mT
     linear.weight += change[:, :-1].to(linear.weight)

@@ -223,7 +223,7 @@ def through_norm(weight, bias, factor, mean, gamma, beta):
     mean over the units is gone: of all W' with W' gamma = 0, which do not read it, the one nearest in C is taken. The
     variance is taken as constant, with its expectation: tr(M) / n - 1^T M 1 / n^2, M the second moment of x^.
     """
-    inverse = torch.where(gamma == 0, 0, 1 / gamma)
+    inverse = torch.where(gamma == 0, 0, 1 / torch.where(gamma == 0, 1, gamma))  # twice, for the gradient's sake
     root, center = inverse[:, None] * factor, inverse * (mean - beta)
     variance = (root.square().mean(0).sum() - root.mean(0).square().sum()) + center.var(correction=0)
     direction = torch.cholesky_solve(gamma[:, None], factor)  # C^-1 gamma

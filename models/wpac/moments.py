@@ -20,7 +20,7 @@ class Sums:
             if isinstance(value, Sums):
                 value.all_reduce()
             elif value is not None:
-                setattr(self, name, utils.all_reduce_sum(value))
+                setattr(self, name, utils.all_reduce(value))
 
 
 class SymmetricSum(Sums):
@@ -52,7 +52,7 @@ class SymmetricSum(Sums):
         return dense
 
     def all_reduce(self):
-        self.rows = [utils.all_reduce_sum(row) for row in self.rows]
+        self.rows = [utils.all_reduce(row) for row in self.rows]
 
     def __add__(self, other):
         both = copy.copy(self)

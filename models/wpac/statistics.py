@@ -260,7 +260,7 @@ def collect_statistics(supernet, batches, objective, moments=True, hidden=False,
                 value = objective(supernet, images, labels.to(device), positions)
             value.backward()
             seen += len(images)
-    if utils.all_reduce_sum(seen) == 0:
+    if utils.all_reduce(seen) == 0:
         raise InputError("there is no proxy image that can be read")
     for index, tap in enumerate(taps):
         tap.sums.all_reduce()
