@@ -27,10 +27,6 @@ def deit_costs(model):
         return Costs.of(common.random_supernet(model))
 
 
-def number(row, name):
-    return quantity(row[name].replace(" ", ""))
-
-
 def printed(row, widths):
     """MACs and parameters of ``widths`` as the paper prints them."""
     costs = deit_costs(row["model"])
@@ -61,8 +57,8 @@ def widths_of(row):
         return tuple(size * ((units + i) // branches) if i < branches else 0 for i in range(depth))
 
     (fixed, unit), (fixed_parameters, unit_parameters) = rest(PAPER), rest({"parameters": 1})
-    units = np.rint((number(row, "macs") - fixed) / unit).astype(int) + more
-    near = abs(fixed_parameters + units * unit_parameters - number(row, "parameters")) < 1e4
+    units = np.rint((quantity(row["macs"]) - fixed) / unit).astype(int) + more
+    near = abs(fixed_parameters + units * unit_parameters - quantity(row["parameters"])) < 1e4
     near &= (kept >= attns) & (kept <= 8 * attns) & (units >= mlps) & (units <= 32 * mlps)
     for a, m, k, i in np.argwhere(near)[::-1]:
         widths = Widths(spread(k + 1, a + 1, attn), spread(units[a, m, k, i], m + 1, mlp))
@@ -84,7 +80,7 @@ def draw(path):
     axes = (figure := Figure(figsize=(7.5, 4.6), layout="constrained")).subplots()
     for model, style in (("vit_base", "o-"), ("vit_small", "s-"), ("vit_tiny", "^-")):
         rows = [row for row in ROWS if row["model"] == model and row["top1"]]
-        points = [(number(row, "macs") / 1e9, float(row["top1"])) for row in rows]
+        points = [(quantity(row["macs"]) / 1e9, float(row["top1"])) for row in rows]
         axes.plot(*zip(*points, strict=True), style, label=model)
     axes.set(xlabel="MACs per image, G (the paper's convention)", ylabel="top-1 on ImageNet-1k, %, the paper's")
     axes.grid(alpha=0.3)

@@ -32,13 +32,9 @@ COMMON = ["--data-set", "DIGITS", "--device", "cpu", "--num-workers", "0"]
 SCRIPTS = ("main_reparam", "main_train", "main_test", "main_finetune_peeled", "tools.pretrain")
 
 
-def read_rows():
-    """[(command, line)] of all tables of the document."""
-    rows = re.findall(r"^\| `(\S+\.py.*?)` \| (.+) \|$", DOCUMENT.read_text(), re.MULTILINE)
-    return [(command, line.replace("\\|", "|")) for command, line in rows]
-
-
-ROWS = read_rows()
+# [(command, line)] of all tables of the document.
+ROWS = re.findall(r"^\| `(\S+\.py.*?)` \| (.+) \|$", DOCUMENT.read_text(), re.MULTILINE)
+ROWS = [(command, line.replace("\\|", "|")) for command, line in ROWS]
 
 
 # ------------------------------------------------------------------------------------------ the files of the rows

@@ -90,13 +90,17 @@ def test_a_missing_tensorboard_is_named(monkeypatch):
         options.check_training(Namespace(nb_classes=None, tensorboard=True))
 
 
+def plot(folder, *flags):
+    command = [sys.executable, "tools/plot_accuracy.py", *flags, folder / "x.png", f"one={folder}/a", f"two={folder}/b"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_accuracies_are_drawn_of_runs_with_different_budgets(tmp_path):
     for name, rows in (("a", {"macs 1.00 M": 90.0, "op_code 0": 98.5}), ("b", {"macs 1.00 M": 80.25})):
         (tmp_path / name).mkdir()
         found = [{"asked": asked, "macs": 1e6, "top1": top1, "file": None} for asked, top1 in rows.items()]
         (tmp_path / name / "results.json").write_text(json.dumps({"rows": found}))
-    command = [sys.executable, "tools/plot_accuracy.py", tmp_path / "x.png", f"one={tmp_path}/a", f"two={tmp_path}/b"]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output = plot(tmp_path).stdout
     assert "op_code 0               1.00 M  98.50           -      -\n" in output and "80.25" in output
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
@@ -105,17 +109,10 @@ def test_curves_are_drawn_of_several_runs(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     run_of(tmp_path / "a")
     (tmp_path / "b/log.txt").write_text('{"epoch": 0, "train_loss": 1.0, "train_lr": 0.1}\n')
-    command = [
-        sys.executable,
-        "tools/plot_accuracy.py",
-        "--training",
-        tmp_path / "x.png",
-        f"one={tmp_path}/a",
-        f"two={tmp_path}/b",
-    ]
-    assert "wrote" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "wrote" in plot(tmp_path, "--training").stdout
     assert (tmp_path / "x.png").stat().st_size > 10_000
-    for text, message in (("{\n", "log.txt: not JSON"), (None, "expected LABEL=FOLDER, a folder with log.txt in it")):
+    missing = "expected LABEL=FOLDER, a folder with log.txt in it"
+    for text, message in (("{\n", "log.txt: not JSON"), ("{}\n", "log.txt: not the log of a"), (None, missing)):
         (tmp_path / "b/log.txt").write_text(text) if text else (tmp_path / "b/log.txt").unlink()
-        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        refused = plot(tmp_path, "--training")
         assert refused.returncode == 2 and re.fullmatch(f"error: .*{message}.*\n", refused.stderr)

@@ -20,14 +20,8 @@ STEPS = [Widths((16, 2 * n, 16), (192, 24 * n, 192)) for n in range(8, -1, -1)]
 
 def row(loaded, step, **more):
     widths = loaded.table.steps[step]
-    figures = {
-        "macs": loaded.costs.macs(widths),
-        "widths": widths.as_dict(),
-        "top1": 90 - step,
-        "latency_ms": 2.5,
-        "file": None,
-    }
-    return {"asked": f"op_code {step}"} | figures | more
+    figures = {"macs": loaded.costs.macs(widths), "widths": widths.as_dict(), "top1": 90 - step}
+    return {"asked": f"op_code {step}", "latency_ms": 2.5, "file": None} | figures | more
 
 
 @pytest.fixture

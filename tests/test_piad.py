@@ -46,19 +46,15 @@ def test_a_weak_unit_in_front_of_a_strong_one_leaves_together_with_it():
     assert drop_order([]) == []
 
 
-def importance_by(draw):
-    return lambda widths: [[draw() for _ in range(w // UNITS.sizes[b])] for b, w in enumerate(widths.flat)]
-
-
 @pytest.mark.parametrize("kind", ["random", "zero", "equal", "ties"])
 def test_the_list_is_monotone_valid_and_ends_at_the_target(kind):
     generator = random.Random(1)
     draw = {"random": generator.random, "zero": lambda: 0.0, "equal": lambda: 1.0,
             "ties": lambda: float(generator.randint(0, 2))}[kind]  # fmt: skip
-    importance_of, steps, history = importance_by(draw), [FULL], []
+    steps, history = [FULL], []
     for epoch in range(4):
         target = target_cost(COSTS.macs(FULL), 0.875, epoch, 4)
-        grow(steps, importance_of(steps[-1]), UNITS, COSTS.macs, target)
+        grow(steps, [[draw() for _ in range(n)] for n in UNITS.counts(steps[-1])], UNITS, COSTS.macs, target)
         assert COSTS.macs(steps[-1]) <= target < COSTS.macs(steps[-2]), "not as far as asked, or further"
         assert history == steps[: len(history)], "an earlier entry has changed"
         history = list(steps)
