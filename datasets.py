@@ -207,6 +207,7 @@ def _timms_data_set(name, root, train):
         raise InputError(
             f"--data-set {name}: neither one of {', '.join(DATA_SETS)} nor timm's ImageFolder or torch/...{close}"
         )
+    _refuse_loops(root)
     return create_dataset(name, root=root, split="train" if train else "validation")
 
 

@@ -321,7 +321,7 @@ def choose(loaded, asked, args, device):
     """The Choice of every Budget: computed, or for a 'latency_ms' one measured on ``--latency-device``."""
     latencies = None
     if any(budget.kind == "latency_ms" for budget in asked):
-        latencies = (latencies_of_file if is_file(args) else latency_table)(loaded, args, device)
+        latencies = latencies_of_file(loaded, args) if is_file(args) else latency_table(loaded, args, device)
     with utils.name_flag("--model"):
         choices = [
             latencies.choose(budget, loaded.table)
@@ -367,7 +367,7 @@ def latency_table(loaded, args, device):
     return latencies
 
 
-def latencies_of_file(loaded, args, _device):
+def latencies_of_file(loaded, args):
     """The LatencyTable of the file ``--latency-device``, whose batch size holds from here on. Raises InputError if it
     is of images or batches of another size than are asked for."""
     latencies, size = LatencyTable.load(args.latency_device), image_shape(loaded.supernet)[1]

@@ -171,7 +171,10 @@ class TrainingRun:
         here, found = (self.epoch, self.updates), numbered_checkpoints(self.output)
         later = [path for number, path in found.items() if number >= self.epoch]
         others = [self.output / MID_EPOCH_NAME, self.output / BEST_NAME]
-        later += [path for path in others if (_position(path) or here) > here]
+        positions = {path: _position(path) for path in others if path.exists()}
+        later += [path for path, position in positions.items() if position and position > here]
+        if unread := [path.name for path, position in positions.items() if not position]:
+            print_once(f"note: passed over, for it cannot be read: {', '.join(unread)}")
         for path in later:
             path.rename(path.with_name(f"{path.name}.superseded"))
         if self.output / BEST_NAME in later:
@@ -327,8 +330,7 @@ def to_resume(resume, output):
 
 
 def _position(path):
-    """(epoch under way, updates done) of a checkpoint, or None if it is missing or cannot be read, for which
-    ``TrainingRun.resume`` says why."""
+    """(epoch under way, updates done) of a checkpoint, or None if it is missing or cannot be read."""
     if not path.is_file():
         return None
     try:

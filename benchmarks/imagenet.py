@@ -7,6 +7,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 import utils
 from models.vit.pretrained import image_shape
+from models.vit.supernet import branches
 
 IMAGES, EPOCHS = 1281167, {"vit_tiny": 300, "vit_small": 300, "vit_base": 150}
 
@@ -38,9 +39,11 @@ def main(args):
         numbers = sum(parameter.numel() for parameter in supernet.parameters())
         checkpoint, state = 4 * 4 * numbers, 6 * 4 * numbers
         activations = args.batch_size * kept_bytes(supernet)
-        gigabytes = [f"{size / 1e9:.2f}" for size in (checkpoint, 4 * checkpoint, state, activations)]
+        factors = 4 * sum(branch.output.in_features**2 for branch in branches(supernet))
+        gigabytes = [f"{size / 1e9:.2f}" for size in (checkpoint, 4 * checkpoint, state, factors, activations)]
         rows.append([name, epochs, f"{updates:,}", f"{epochs * updates:,}", *gigabytes])
-    head = ["", "epochs", "updates an epoch", "updates", "a checkpoint", "checkpoints at most", "state", "activations"]
+    head = ["", "epochs", "updates an epoch", "updates", "a checkpoint", "checkpoints at most", "state", "compensation"]
+    head += ["activations"]
     print(f"{args.gpus} GPUs, {args.batch_size} images on each; disk and memory in GB\n")
     print("\n".join(common.markdown(head, rows)))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 # Nothing is downloaded, and nothing that was downloaded before is found: the same everywhere.
@@ -55,6 +56,15 @@ def tiny_supernet(seed=0, **kwargs):
 
 def random_images(count, seed=1, size=16, dtype=torch.float32):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def images_in(root, *names):
+    """An image folder with one image in each class."""
+    for split in ("train", "val"):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            Image.new("L", (9, 9)).save(root / split / name / "0.png")
+    return root
 
 
 def proxy_batches(count=24, batch=8, size=16, dtype=torch.float32):

@@ -10,7 +10,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_images, tiny_vit
+from conftest import images_in, random_images, tiny_vit
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -154,15 +154,6 @@ def test_the_order_of_the_images_depends_on_the_seed(shared_args):
 
     for repeated in (True, False):
         assert order(0, repeated) == order(0, repeated) != order(1, repeated)
-
-
-def images_in(root, *names):
-    """An image folder with one image in each class."""
-    for split in ("train", "val"):
-        for name in names:
-            (root / split / name).mkdir(parents=True)
-            Image.new("L", (9, 9)).save(root / split / name / "0.png")
-    return root
 
 
 def test_some_of_imagenet_s_classes_get_its_labels_by_their_names_or_by_a_map(shared_args, tmp_path):

@@ -12,9 +12,8 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from conftest import random_images
+from conftest import images_in, random_images
 from safetensors import safe_open
-from test_data_and_weights import images_in
 from timm.data import create_transform, resolve_data_config
 
 import datasets

@@ -134,6 +134,13 @@ def test_auto_passes_over_what_is_damaged(tmp_path, capsys):
     assert f"{paths[0]}: not a readable checkpoint" in said and said.count("passed over") == 4
 
 
+def test_ranks_that_read_different_checkpoints_stop(tmp_path, monkeypatch):
+    write_checkpoints(tmp_path, 2)
+    monkeypatch.setattr(utils, "all_the_same", lambda text: text.startswith("["))  # of the list, and not of the choice
+    with pytest.raises(utils.RanksDisagree, match=r"not every rank can read .*checkpoint_1\.pth"):
+        new_run(tmp_path).resume(tmp_path)
+
+
 def test_a_mid_epoch_file_counts_by_its_position(whole, tmp_path):
     content = read_checkpoint(whole / "checkpoint_1.pth")
     for epoch, updates, expected in ((1, 3, "mid_epoch.pth"), (1, 0, "mid_epoch.pth"), (0, 5, "checkpoint_1.pth")):

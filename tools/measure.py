@@ -38,14 +38,11 @@ def main(args):
         raise InputError(f"{path}: is one sub-network, of which nothing more is cut; expected a super-network")
     if loaded.began:
         raise InputError(f"{path}: was trained with the compensation of stage 1, and is cut with it")
-    supernet, images, classes = (
-        loaded.supernet.to(device),
-        datasets.load_images(args, train=True),
-        loaded.spec.num_classes,
-    )
+    images, classes = datasets.load_images(args, train=True), loaded.spec.num_classes
     if args.objective == "label" and (not classes or images.num_classes not in (None, classes)):
         there = f"{path} has {classes} classes, the data set {images.num_classes}"
         raise InputError(f"--objective label: {there}; use --objective feature")
+    supernet = loaded.supernet.to(device)
     proxy = datasets.proxy_loader(images, supernet, args, "proxy_samples")
     compensation = measure_compensation(supernet, proxy, OBJECTIVES[args.objective], args.amp)
     output = args.output or path.parent / COMPENSATION_NAME

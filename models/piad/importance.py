@@ -1,4 +1,4 @@
-"""What each unit of a super-network is worth: PIAD's importance, measured, or the errors of stage 1.
+"""The units of a super-network, and what each is worth by PIAD's importance, measured.
 
 A unit is the smallest thing that can be dropped: 1/8 of the head width (in all heads of a block together) or 1/32 of
 the hidden width; or all of an indivisible branch. Paper, PIAD.

@@ -141,6 +141,7 @@ def _lost_elsewhere(here, elsewhere, weight, gram, kept):
     # Where tokens hardly differ, rounding leaves variances and eigenvalues below zero.
     deviation = (predictors.diagonal().clamp(min=0) + _floor(predictors)).sqrt()
     values, vectors = torch.linalg.eigh((predictors / deviation / deviation[:, None]).fill_diagonal_(1))
+    values = values.clamp(min=0)
     # y = to^T x[:kept] is uncorrelated here, so that shrinking scales what is folded, column by column.
     to = vectors / deviation[:, None]
     target, other_target = (dropped @ c[kept:, :kept] @ to for c in (covariance, other))
@@ -148,7 +149,7 @@ def _lost_elsewhere(here, elsewhere, weight, gram, kept):
     quadratic, moved = spread * (target.mT @ gram @ target), to.mT @ shift[:kept]
     of_dropped, lost = ((gram @ dropped) * (dropped @ other[kept:, kept:])).sum(), []
     for share in SHRINKAGES:
-        scale = (1 - share) / ((1 - share) * values.clamp(min=0) + share)
+        scale = (1 - share) / ((1 - share) * values + share)
         mean_lost = dropped @ shift[kept:] - target @ (scale * moved)
         lost.append(of_dropped + scale @ quadratic @ scale - 2 * scale @ linear + mean_lost @ gram @ mean_lost)
     return torch.stack(lost).clamp(min=0)
