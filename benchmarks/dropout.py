@@ -67,7 +67,6 @@ OPTIONS = {
     "compensated slices": ("balanced greedy", "compensated", {}),
     "compensated slices, Taylor order": ("balanced taylor", "compensated", {}),
     "compensated, sampling by compute": ("balanced greedy", "compensated", {"sampling": "compute"}),
-    "averaged start": ("balanced", "averaged", {}),
 }
 CEILINGS = {f"ceiling, {share:.2f}": ("balanced greedy", "ceiling", {"share": share}) for share in SHARES[3:]}
 PLAIN, BEST = "PIAD, balanced", "compensated slices"  # the paper's recipe on our bases, and the default
@@ -148,25 +147,6 @@ class Bench(common.Bench):
             height, width = images.shape[-2:]
             images = F.pad(images, (2, 2, 2, 2), mode="replicate")[..., down : down + height, right : right + width]
             yield torch.where(mirrored, images.flip(-1), images), all_labels[chosen], chosen
-
-
-@torch.no_grad()
-def average_over_widths(supernet, compensation, groups=32, full_weight=0.5):
-    """Replace fc2 by the one matrix that is best on average over all widths; the full width has ``full_weight``."""
-    weights = torch.tensor([(1 - full_weight) / (groups - 1)] * (groups - 1) + [full_weight], dtype=torch.float64)
-    for branch, known in list(zip(branches(supernet), compensation, strict=True))[1::2]:
-        fc2, size = branch.output, branch.full
-        mean = torch.cat((known.input_mean, weights.new_ones(1)))  # the bias reads a constant 1
-        second = torch.outer(mean, mean)
-        second[:size, :size] += known.factor @ known.factor.T
-        # The bias, the last column, is always kept.
-        kept = torch.arange(size + 1) % size < size // groups * torch.arange(1, groups + 1)[:, None]
-        left, right = second * (weights @ kept.double()), second * (kept.T * weights @ kept.double())
-        right.diagonal().add_(1e-5 * right.diagonal().mean())
-        full = torch.cat((fc2.weight.double(), fc2.bias.double()[:, None]), 1)
-        new = torch.linalg.solve(right, (full @ left).T).T
-        fc2.weight.copy_(new[:, :-1])
-        fc2.bias.copy_(new[:, -1])
 
 
 class ChannelDropout(DropoutList):
@@ -262,8 +242,6 @@ def measure(args, seed, name):
     bench, (start, how, options) = Bench(args, seed), VARIANTS[name]
     options, handles, started = dict(options), (), time.perf_counter()
     supernet, compensation = bench.start(*start.split())
-    if how == "averaged":
-        average_over_widths(supernet, compensation)
     if how == "ceiling":
         return ceiling(bench, supernet, compensation, options["share"], args)
     if teacher := options.pop("teacher", None):

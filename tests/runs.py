@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, on the digits, for tests that disturb and compare them."""
+"""Stages in processes of their own, and training runs on the digits for tests that disturb and compare them."""
 
 import contextlib
 import importlib
@@ -9,12 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from conftest import ROOT
 
-import main_train
 import utils
 from models.vit.pretrained import read_checkpoint
 
@@ -28,24 +28,26 @@ OPTIONS = [
 CLOCK = ("seconds", "images_per_s", "minutes_left", "peak_memory_mb", "latency_ms")
 # Children start from a server that has imported everything once.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "timm", "sklearn.datasets", "main_train"])
+STAGES = ["main_reparam", "main_train", "main_test", "main_finetune_peeled"]
+CONTEXT.set_forkserver_preload(["torch", "timm", "sklearn.datasets", *STAGES])
 
 
-def child(options, patch, words=os.devnull):
-    """main_train.py in a process of its own, after ``patch`` = (function, arguments); it prints into ``words``."""
+def child(script, options, patch=None, words=os.devnull):
+    """A stage in a process of its own, after ``patch`` = (function, arguments); it prints into ``words``."""
     torch.set_num_threads(1)
     # As of its own accord: started by the server, data workers would not notice that the run they work for is dead.
     multiprocessing.set_start_method("fork", force=True)
     with open(words, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         if patch:
             patch[0](*patch[1:])
-        utils.run_stage(main_train.main, main_train.get_args([str(option) for option in options]))
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        utils.run_stage(module.main, module.get_args([str(option) for option in options]))
 
 
 def begin(output, *options, start, patch=None, words=os.devnull):
     """The process of a run that goes on where the last one in ``output`` stopped."""
     command = [*OPTIONS, "--pretrained", start, "--output-dir", output, "--resume", "auto", *options]
-    process = CONTEXT.Process(target=child, args=(command, patch, words))
+    process = CONTEXT.Process(target=child, args=("main_train.py", command, patch, words))
     process.start()
     return process
 
@@ -57,7 +59,17 @@ def train(output, *options, **more):
     return process.exitcode
 
 
-def torchrun(script, *words, ranks=2, restarts=0, timeout=300):
+def stage(script, *options, timeout=600):
+    """(output, exit code) of a stage of one rank, which need not import everything again."""
+    with tempfile.NamedTemporaryFile("r") as words:
+        process = CONTEXT.Process(target=child, args=(script, options, None, words.name))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        return words.read(), process.exitcode
+
+
+def torchrun(script, *words, ranks=2, restarts=0, timeout=600):
     """(output, exit code) of a script's ranks, under torchrun if there are several. None outlives the time limit."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launcher = [*launcher, f"--max-restarts={restarts}"] if ranks > 1 else []

@@ -2,14 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, proxy_batches, tiny_supernet
-from runs import CLOCK
+from conftest import proxy_batches, tiny_supernet
+from runs import CLOCK, stage
 from test_engine import CPU, training_args
 from torch import nn
 
@@ -91,8 +89,8 @@ def test_a_missing_tensorboard_is_named(monkeypatch):
 
 
 def plot(folder, *flags):
-    command = [sys.executable, "tools/plot_accuracy.py", *flags, folder / "x.png", f"one={folder}/a", f"two={folder}/b"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    """(output, exit code)"""
+    return stage("tools/plot_accuracy.py", *flags, folder / "x.png", f"one={folder}/a", f"two={folder}/b")
 
 
 def test_accuracies_are_drawn_of_runs_with_different_budgets(tmp_path):
@@ -100,7 +98,7 @@ def test_accuracies_are_drawn_of_runs_with_different_budgets(tmp_path):
         (tmp_path / name).mkdir()
         found = [{"asked": asked, "macs": 1e6, "top1": top1, "file": None} for asked, top1 in rows.items()]
         (tmp_path / name / "results.json").write_text(json.dumps({"rows": found}))
-    output = plot(tmp_path).stdout
+    output, _ = plot(tmp_path)
     assert "op_code 0               1.00 M  98.50           -      -\n" in output and "80.25" in output
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
@@ -109,10 +107,10 @@ def test_curves_are_drawn_of_several_runs(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     run_of(tmp_path / "a")
     (tmp_path / "b/log.txt").write_text('{"epoch": 0, "train_loss": 1.0, "train_lr": 0.1}\n')
-    assert "wrote" in plot(tmp_path, "--training").stdout
+    assert "wrote" in plot(tmp_path, "--training")[0]
     assert (tmp_path / "x.png").stat().st_size > 10_000
     missing = "expected LABEL=FOLDER, a folder with log.txt in it"
     for text, message in (("{\n", "log.txt: not JSON"), ("{}\n", "log.txt: not the log of a"), (None, missing)):
         (tmp_path / "b/log.txt").write_text(text) if text else (tmp_path / "b/log.txt").unlink()
-        refused = plot(tmp_path, "--training")
-        assert refused.returncode == 2 and re.fullmatch(f"error: .*{message}.*\n", refused.stderr)
+        output, code = plot(tmp_path, "--training")
+        assert code == 2 and re.fullmatch(f"error: .*{message}.*\n", output)

@@ -197,7 +197,8 @@ def test_ranks_that_grow_different_tables_stop_before_anything_is_written(start,
         port = free.getsockname()[1]
     command = [*OPTIONS, "--pretrained", start, "--output-dir", tmp_path / "out", "--batch-size", "64"]
     files = [tmp_path / f"words{rank}.txt" for rank in range(2)]
-    ranks = [CONTEXT.Process(target=child, args=(command, (as_rank, r, port), files[r])) for r in range(2)]
+    of_rank = [("main_train.py", command, (as_rank, rank, port), files[rank]) for rank in range(2)]
+    ranks = [CONTEXT.Process(target=child, args=args) for args in of_rank]
     for process in ranks:
         process.start()
     for process in ranks:

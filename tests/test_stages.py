@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from runs import assert_equal, log_of, torchrun
+from runs import assert_equal, log_of, stage, torchrun
 
 import datasets
 from models.piad.width_table import WidthTable
@@ -28,8 +28,9 @@ SIZES = ("largest", "middle", "smallest")
 
 
 def run(command, ranks=1, expect=0):
-    """Run a script of the repository in a process of its own; returns its output."""
-    output, code = torchrun(*command.split(), ranks=ranks, timeout=600)
+    """Run a stage in processes of its own; returns its output."""
+    words = command.split()
+    output, code = stage(*words) if ranks == 1 else torchrun(*words, ranks=ranks)
     assert code == expect, output
     return output
 

@@ -17,13 +17,13 @@ from utils import InputError, parse_json, run_stage, with_unit
 TRAINING = {"train_loss": "training loss", "test_": "top-1 accuracy, %", "train_lr": "learning rate"}
 
 
-def get_args():
+def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("png", type=Path, help="the chart to write")
     parser.add_argument("curves", nargs="+", help="LABEL=FOLDER, the --output-dir of a run")
     parser.add_argument("--title", help="of the chart (default: Accuracy against cost, or Training)")
     parser.add_argument("--training", action="store_true", help="draw what training runs have logged")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def draw(axes, prefix, curves, x, markers):
