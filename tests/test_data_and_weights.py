@@ -4,13 +4,16 @@ import contextlib
 import gzip
 import json
 import pickle
+import re
 import shutil
 from argparse import Namespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import images_in, random_images, tiny_vit
+from families import FAMILIES, PLAIN
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -232,6 +235,19 @@ def test_weight_files_of_every_kind_load(kind, tmp_path):
     model, remarks = load_pretrained(spec, path)
     images = random_images(2)
     assert torch.equal(model.eval()(images), source(images)) and not remarks
+
+
+def test_older_names_and_other_sizes_are_read_as_timm_reads_them():
+    """DeiT III as it was published; FlexiViT, which timm resamples otherwise than other ViTs."""
+    state, other = FAMILIES["DeiT-III"].build().state_dict(), FAMILIES["DeiT-III"].build()
+    torch.nn.init.zeros_(other.blocks[0].ls1.gamma)
+    load_weights(other, {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): value for name, value in state.items()}, "file")
+    assert torch.equal(other.blocks[0].ls1.gamma, state["blocks.0.ls1.gamma"])
+    published, larger = (timm.create_model("flexivit_small", img_size=size, **PLAIN) for size in (240, 288))
+    how = {"interpolation": "bilinear", "antialias": False}
+    expected = timm.models.vision_transformer.checkpoint_filter_fn(published.state_dict(), larger, **how)
+    load_weights(larger, published.state_dict(), "file")
+    assert torch.equal(larger.pos_embed, expected["pos_embed"])
 
 
 ODD = [

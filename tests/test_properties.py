@@ -16,7 +16,7 @@ from models.piad.width_table import WidthTable
 from models.subnet.budget import Budget
 from models.vit.cost import Costs
 from models.vit.widths import Widths
-from models.wpac.statistics import AttentionStatistics, MlpStatistics
+from models.wpac.statistics import AttentionStatistics, BranchStatistics
 from utils import InputError
 
 # Derandomised: the same examples everywhere, so that a failure is no accident.
@@ -206,7 +206,7 @@ def test_a_list_goes_on_from_any_table_of_a_user_or_is_refused(attn, mlp):
     whole = all(width % UNITS.sizes[branch] == 0 for branch, width in enumerate(widths.flat))
     statistics = []
     for a, m in zip(attn, mlp, strict=True):
-        statistics += [AttentionStatistics(torch.ones(3, 3, a), None), MlpStatistics(torch.ones(m), None)]
+        statistics += [AttentionStatistics(torch.ones(3, 3, a), None), BranchStatistics(torch.ones(m), None)]
     importance = refused_in_one_line(lambda: unit_importance([1.0] * 6, statistics, widths, UNITS, COSTS.units()))
     assert (importance is not None) == whole
     if importance:

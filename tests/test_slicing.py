@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 from conftest import TINY_WIDTHS, random_images, tiny_supernet, tiny_vit
-from families import FAMILIES
+from families import FAMILIES, PLAIN, Family
 
 from models.subnet.extract import extract
-from models.vit.supernet import as_supernet, at_widths, current_widths, full_widths, set_widths
+from models.vit.supernet import as_supernet, at_widths, compile_branches, current_widths, full_widths, set_widths
 from models.vit.widths import Widths
 from utils import InputError
 
@@ -115,6 +115,25 @@ def test_a_compiled_super_network_follows_its_widths(cut):
     for now in (widths, full_widths(supernet), Widths((16,) * 3, (96, 12, 192))):
         set_widths(supernet, now)
         assert torch.equal(compiled(images), supernet(images))
+
+
+def test_a_copy_of_a_compiled_super_network_has_widths_of_its_own(cut):
+    (supernet, widths), images = cut, random_images(2, size=32)
+    compile_branches(supernet, "eager")
+    copied = copy.deepcopy(supernet)
+    set_widths(supernet, full_widths(supernet))
+    stock = extract(copied, widths)
+    assert torch.allclose(copied(images), stock(images), atol=1e-5) and current_widths(copied) == widths
+    assert not any(module._compiled_call_impl for module in stock.modules()), "it would run the original's modules"
+
+
+@pytest.mark.skipif(not timm.is_model("vit_base_patch16_sapiens2"), reason="this timm has no Sapiens2")
+def test_a_block_may_scale_its_attention_alone():
+    model = Family("vit_base_patch16_sapiens2", PLAIN | {"num_kv_heads": 3}).build()
+    images, supernet = random_images(2, size=32), as_supernet(copy.deepcopy(model))
+    assert model.blocks[0].gamma_2 is None and torch.equal(supernet(images), model(images))
+    set_widths(supernet, Widths((0, 16, 16), (96, 0, 192)))
+    assert torch.allclose(extract(supernet, current_widths(supernet))(images), supernet(images), atol=1e-5)
 
 
 def test_widths_are_put_back_after_an_exception(cut, monkeypatch):

@@ -8,13 +8,16 @@ import re
 import pytest
 import torch
 from conftest import ROOT, difference, measured, proxy_batches, random_images, tiny_supernet
+from families import FAMILIES
 
-from models.vit.supernet import branches, set_widths
+from models.vit.supernet import as_supernet, branches, hooks, set_widths
 from models.vit.widths import Widths
 from models.wpac.bases import output_basis, pca_basis, query_key_basis, symmetric_power
+from models.wpac.compensation import measure_compensation
 from models.wpac.density import densities
 from models.wpac.moments import Moments
 from models.wpac.rewrite import reparameterise
+from models.wpac.statistics import OBJECTIVES
 from utils import InputError
 
 
@@ -210,3 +213,29 @@ def test_density_of_a_network_that_is_left_alone_is_the_same_before_and_after():
     for before, after in densities(model, sums, reparameterise(model, sums, untouched=range(6))).values():
         assert torch.allclose(before, after, atol=1e-9)
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["Swin, padded", "inner norms", "DeiT"])
+def test_the_metric_is_a_sum_over_an_image_and_the_mean_of_a_removed_attention_is_weighted(key):
+    """Stages of Swin have their own numbers of tokens, and padded windows more: what the objective loses is a sum over
+    all of them. An output that it does not read, as that of padding, is no part of the mean."""
+    supernet, batches, found = as_supernet(FAMILIES[key].build()), proxy_batches(size=32), {}
+
+    def watch(branch):
+        def hook(_module, _inputs, output):
+            output.register_hook(lambda gradient: found.setdefault(str(branch), []).append((output, gradient)))
+
+        return branch.output.register_forward_hook(hook)
+
+    with hooks([watch(branch) for branch in branches(supernet)]):
+        for batch in batches:
+            OBJECTIVES["label"](supernet, *batch).backward()
+    statistics, images = measured(supernet, batches=batches, hidden=True), sum(len(batch[0]) for batch in batches)
+    compensation = measure_compensation(supernet, batches, OBJECTIVES["label"])
+    for branch, sums, known in zip(branches(supernet), statistics, compensation, strict=True):
+        pairs = zip(*found[str(branch)], strict=True)
+        output, gradient = (torch.cat([x.detach().flatten(0, -2) for x in part]).double() for part in pairs)
+        assert difference(gradient.mT @ gradient / images, sums.mean_gram) < 1e-5
+        if branch.name == "attn":
+            weights = gradient.norm(dim=-1)
+            assert difference(weights @ output / weights.sum(), known.output_mean) < 1e-5

@@ -10,11 +10,12 @@ from utils import ModelError
 
 
 class Distillation:
-    """Targets from a teacher, as in DeiT.
+    """Targets from a teacher.
 
     kind: 'soft' or 'hard' from the frozen ``network``, or 'inplace' from the first sub-network of the same step, which
     is the full one (Universally Slimmable Networks). The loss of a network is (1 - alpha) x the label's + alpha x the
-    teacher's, with temperature ``tau`` for soft targets. prepare: turns the student's images into the teacher's (size,
+    teacher's, with temperature ``tau`` for soft targets, for which the KL is a sum over classes (DeiT's code takes the
+    mean, so that its soft teacher counts less). prepare: turns the student's images into the teacher's (size,
     mean and standard deviation).
     """
 

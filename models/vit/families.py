@@ -141,7 +141,7 @@ def _attention(module, only_v=None):
     width = module.proj.in_features // heads
     separate, reason = getattr(module, "qkv_bias_separate", False), _indivisible(module, only_v)
     if reason:
-        transforms = (Transform.HEAD_WIDTH, Transform.VO_BASIS, Transform.QK_BASIS, Transform.MEAN_FOLDING)
+        transforms = [transform for transform in Transform if transform is not Transform.CALIBRATION]
         return AttentionPart(width, (), "proj", dict.fromkeys(transforms, reason), heads, inputs, False, separate)
     left_out, source = {}, getattr(module, inputs[-1])
     if only_v:

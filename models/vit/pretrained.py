@@ -7,6 +7,7 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -262,7 +263,10 @@ def _timms_filter(model):
     """timm's function (state dict, model) -> state dict for the family of ``model``: older names, other image sizes."""
     modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)
     found = (getattr(module, "checkpoint_filter_fn", None) for module in modules)
-    return next(filter(None, found), lambda state, _model: state)
+    # What timm gives it, where it makes these models: the names of DeiT III, the resampling of FlexiViT.
+    family = model.pretrained_cfg.get("architecture", "").partition("_")[0]
+    bound = {"deit3": {"adapt_layer_scale": True}, "flexivit": {"interpolation": "bilinear", "antialias": False}}
+    return partial(next(filter(None, found), lambda state, _model: state), **bound.get(family, {}))
 
 
 def load_pretrained(spec, path=None, **kwargs):

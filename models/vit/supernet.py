@@ -115,8 +115,8 @@ class SwitchedBlock:
     """A block that has LayerScales as its own parameters ``gamma_1`` and ``gamma_2``. It does not scale a branch that
     is off, so that the scale gets no gradient, as the other parameters of the branch."""
 
-    gamma_1 = property(lambda block: block._parameters["gamma_1"] if block.attn.on else 1.0)
-    gamma_2 = property(lambda block: block._parameters["gamma_2"] if block.mlp.on else 1.0)
+    gamma_1 = property(lambda block: block._parameters.get("gamma_1") if block.attn.on else 1.0)
+    gamma_2 = property(lambda block: block._parameters.get("gamma_2") if block.mlp.on else 1.0)
 
 
 @cache
@@ -125,7 +125,7 @@ def _switched(mixin, stock):
     members = {
         "stock": stock,
         "returns_zeros": stock in ATTENTION or stock in MLPS,
-        "__reduce__": lambda module: (_without_state, (mixin, stock), module.__dict__),
+        "__reduce__": lambda module: (_without_state, (mixin, stock), module.__getstate__()),
     }
     return type(f"Switched{stock.__name__}", (mixin, stock), members)
 

@@ -103,7 +103,7 @@ def factorise(covariance):
 
 def _finite(covariance):
     if not torch.isfinite(covariance).all():
-        raise InputError("the hidden activations of an MLP are NaN or infinite on the proxy set")
+        raise InputError("activations are NaN or infinite on the proxy set")
     return covariance
 
 

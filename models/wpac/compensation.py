@@ -42,13 +42,13 @@ class Compensation:
     (without what a norm over the hidden units adds to it).
     output_mean: [D], mean output of the branch before LayerScale, and after a norm that follows the branch.
     factor, input_mean: [n, n] lower triangular F and [n] mu of the input of the last Linear, n = H d in the order
-    (d H), or M; None if the branch is indivisible.
+    (d H), or M.
     """
 
     errors: torch.Tensor
     output_mean: torch.Tensor
-    factor: torch.Tensor | None = None
-    input_mean: torch.Tensor | None = None
+    factor: torch.Tensor
+    input_mean: torch.Tensor
 
     @classmethod
     def of(cls, branch, sums, rewrite):
@@ -56,15 +56,15 @@ class Compensation:
 
         rewrite: what ``reparameterise`` did to it.
         """
-        made = (_of_attention if branch.name == "attn" else _of_mlp)(branch, sums, rewrite)
+        errors, weight, factor, mean = (_of_attention if branch.name == "attn" else _of_mlp)(branch, sums, rewrite)
+        output_mean = weight @ mean + (0 if branch.output.bias is None else branch.output.bias.detach().double())
         if sums.output_sum is not None:
-            made.output_mean = sums.output_sum[:-1] / sums.output_sum[-1].clamp(min=1)
-        return made
+            output_mean = sums.output_sum[:-1] / sums.output_sum[-1].clamp(min=1)
+        return cls(errors, output_mean, factor, mean)
 
 
 def _of_attention(branch, sums, rewrite):
-    if branch.indivisible:
-        return Compensation(rewrite.lost, rewrite.output_mean)
+    """(errors [d], weight of the last Linear [D, n], F, mu)."""
     heads, weight = branch.part.heads, _dimension_first(branch.output.weight.detach().double(), branch.part.heads)
     maps = _dimension_first(torch.block_diag(*rewrite.maps).mT, heads).mT
 
@@ -76,19 +76,18 @@ def _of_attention(branch, sums, rewrite):
     mean, covariance = rewritten(sums.inputs.together)
     factor = factorise(shrunk(covariance, shrinkage))
     errors = unit_errors(weight, factor, sums.mean_gram).unflatten(0, (-1, heads)).sum(1)
-    return Compensation(errors + rewrite.lost, rewrite.output_mean, factor, mean)
+    return errors + rewrite.lost, weight, factor, mean
 
 
 def _of_mlp(branch, sums, rewrite):
-    output, order = branch.output, rewrite.order
+    weight, order = branch.output.weight.detach().double(), rewrite.order
     mean, covariance = (moment[order] for moment in centred(sums.inputs.together))
-    factor, weight = factorise(shrunk(covariance[:, order], rewrite.shrinkage)), output.weight.detach().double()
-    output_mean = weight @ mean + (0 if output.bias is None else output.bias.detach().double())
+    factor = factorise(shrunk(covariance[:, order], rewrite.shrinkage))
     if branch.part.can(Transform.COMPENSATION):
         errors = unit_errors(weight, factor, sums.mean_gram)
     else:  # No compensation: dropping a unit changes the objective by -g a (first order). The error is E[(g a)^2].
-        errors = (sums.hessian / sums.tokens)[order]
-    return Compensation(errors, output_mean, factor, mean)
+        errors = (sums.hessian / sums.images)[order]
+    return errors, weight, factor, mean
 
 
 def _dimension_first(columns, heads):
@@ -169,7 +168,7 @@ class Folding:
     @classmethod
     def of(cls, branch, known, dtype):
         """None if the branch cannot be compensated."""
-        if known.factor is None or not branch.part.can(Transform.COMPENSATION):
+        if not branch.part.can(Transform.COMPENSATION):
             return None
         return cls(branch, *(t.to(branch.output.weight.device, dtype) for t in (known.factor, known.input_mean)))
 
@@ -195,7 +194,7 @@ def attach(supernet, compensation):
     ``compensation`` (2L Compensation). What a removed branch adds on average is not made up for."""
     own = branches(supernet)
     for branch, known in zip(own, compensation or [None] * len(own), strict=True):
-        if known and known.factor is not None:
+        if known and branch.part.can(Transform.COMPENSATION):
             # In place, so that attaching it again, or to the averaged weights too, makes no second copy on a GPU.
             device = branch.output.weight.device
             known.factor, known.input_mean = known.factor.to(device), known.input_mean.to(device)
@@ -267,7 +266,6 @@ def save_compensation(compensation, supernet, path, weights):
             f"{branch}.{name}": value.float().cpu().contiguous()
             for branch, known in zip(branches(supernet), compensation, strict=True)
             for name, value in vars(known).items()
-            if value is not None
         }
         with utils.atomic_file(path) as temporary:
             # Not save_file, which makes files that their owner alone can read.
@@ -293,13 +291,13 @@ def load_compensation(path, supernet, weights):
 def _read_one(tensors, branch, path):
     size = branch.output.in_features
     shapes = {"errors": (branch.full,), "output_mean": (branch.output.out_features,)}
-    shapes |= {} if branch.indivisible else {"factor": (size, size), "input_mean": (size,)}
+    shapes |= {"factor": (size, size), "input_mean": (size,)}
     for name, shape in shapes.items():
         tensor = tensors.get(f"{branch}.{name}")
         if tensor is None:
             raise InputError(f"{path}: member '{branch}.{name}' is missing; run stage 1 again")
         if tensor.shape != shape or not torch.isfinite(tensor).all():
             raise InputError(f"{path}: {branch}.{name} is not {shape} finite numbers; run stage 1 again")
-    if not branch.indivisible and not (tensors[f"{branch}.factor"].diagonal() > 0).all():
+    if not (tensors[f"{branch}.factor"].diagonal() > 0).all():
         raise InputError(f"{path}: {branch}.factor has a diagonal that is not positive; run stage 1 again")
     return Compensation(**{name: tensors[f"{branch}.{name}"] for name in shapes})

@@ -17,14 +17,12 @@ from models.wpac import bases
 class AttentionRewrite:
     """What became of z, the output of the heads before proj: each head's is now maps (z - shift).
 
-    maps: [H, d, d]; shift: [H, d]; output_mean: [D], mean output of the attention before LayerScale. lost: [d], the
-    expected loss of the objective when q and k lose this dimension in all heads; the loss at proj is not in it. Of
-    indivisible attention it is the whole loss, and only its sum counts.
+    maps: [H, d, d]; shift: [H, d]. lost: [d], the expected loss of the objective when q and k lose this dimension in
+    all heads; the loss at proj is not in it.
     """
 
     maps: torch.Tensor
     shift: torch.Tensor
-    output_mean: torch.Tensor
     lost: torch.Tensor
 
 
@@ -104,17 +102,10 @@ def _permute(module, layer, order, groups=slice(None)):
 
 
 def _rewrite_attention(branch, sums, basis, untouched):
-    proj, mean_z, map_q = branch.output, sums.grad_z.mean, None
-    columns = head_columns(proj, branch.part.heads)
-    mean = torch.einsum("hcd,hd->c", columns, mean_z)
-    mean = mean if proj.bias is None else mean + proj.bias.detach().double()
+    mean_z, map_q = sums.grad_z.mean, None
     identity = torch.eye(branch.full).to(mean_z).expand(len(mean_z), -1, -1)
-    rewrite = AttentionRewrite(identity, torch.zeros_like(mean_z), mean, torch.zeros_like(mean_z[0]))
-    if branch.indivisible:
-        # With all dimensions of a head their correlations are lost too.
-        rewrite.lost = (columns.mT @ sums.mean_gram @ columns * sums.grad_z.covariance).sum((0, 1))
-        return rewrite
-    if not untouched:
+    rewrite = AttentionRewrite(identity, torch.zeros_like(mean_z), torch.zeros_like(mean_z[0]))
+    if not (untouched or branch.indivisible):
         weights = HeadWeights(branch)
         solve = {"balanced": _rewrite_balanced, "pca": _rewrite_pca}[basis]
         rewrite.maps, rewrite.shift, map_q = solve(weights, sums)
@@ -139,10 +130,10 @@ def _lost_with_queries(sums, map_q):
     taken for E[g^2] E[f^2].
     """
     if map_q is None:
-        return sums.hessian[0].sum(0) / sums.tokens
+        return sums.hessian[0].sum(0) / sums.images
     inverse = torch.linalg.inv(map_q)
     features = map_q @ sums.grad_q.second_moment @ map_q.mT
-    gradients = inverse.mT @ (sums.gram_q.dense() / sums.tokens) @ inverse
+    gradients = inverse.mT @ (sums.gram_q.dense() / sums.images) @ inverse
     return (features * gradients).diagonal(dim1=-2, dim2=-1).sum(0)
 
 

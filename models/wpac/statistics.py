@@ -25,7 +25,8 @@ class BranchStatistics(Sums):
     """What the proxy set says of one branch, all sums over tokens, float64. g is the gradient of the objective at a
     feature f.
 
-    taylor, hessian: sum of |g f| and of (g f)^2. gram: [D, D] sum of go go^T, go the gradient at the output of the last
+    taylor, hessian: sum of |g f| and of (g f)^2, [M] of the hidden vector a after the nonlinearity, or [3, H, d] of q,
+    k and v. gram: [D, D] sum of go go^T, go the gradient at the output of the last
     Linear. inputs, for compensation: of the input of the last Linear, one group of H d dimensions (z of all heads,
     tokens weighted by |go|) or M (the hidden vector a, tokens weighted by |dC/da|^2). output_sum: [D + 1] sum of what
     the branch adds to the residual stream, and the number of tokens; only where a norm ends the branch.
@@ -36,16 +37,18 @@ class BranchStatistics(Sums):
     gram: SymmetricSum | None = None
     inputs: Halves | None = None
     output_sum: torch.Tensor | None = None
+    images: torch.Tensor | None = None
 
     @property
     def mean_gram(self):
-        """G = E[go go^T], [D, D]."""
-        return self.gram.dense()[0] / self.tokens
+        """G = E[sum over the tokens of an image of go go^T], [D, D]. Stages of Swin have their own numbers of tokens:
+        only the sum says what the objective loses."""
+        return self.gram.dense()[0] / self.images
 
 
 @dataclass
 class AttentionStatistics(BranchStatistics):
-    """taylor and hessian are [3, H, d], for q, k and v. z is the output of a head, before proj.
+    """z is the output of a head, before proj.
 
     ``theta_*`` weight a token by theta, the paper's token importance, ``grad_*`` by |g|^2. The keys of ``grad_k`` are
     centred in every image (or window) by the mean of its own keys. ``gram_q`` is the sum of g g^T by head.
@@ -60,29 +63,6 @@ class AttentionStatistics(BranchStatistics):
     grad_k: Moments | None = None
     grad_z: Moments | None = None
     gram_q: SymmetricSum | None = None
-
-    @property
-    def taylor_by_width(self):
-        """[d]: of q, k and v and of all heads together."""
-        return self.taylor.sum((0, 1))
-
-    @property
-    def tokens(self):
-        return self.grad_z.count
-
-
-@dataclass
-class MlpStatistics(BranchStatistics):
-    """taylor and hessian are [M], of the hidden vector a, after the nonlinearity."""
-
-    @property
-    def taylor_by_width(self):
-        """[M]."""
-        return self.taylor
-
-    @property
-    def tokens(self):
-        return self.inputs.even.count + self.inputs.odd.count
 
 
 class _Tap:
@@ -130,7 +110,7 @@ class _AttentionTap(_Tap):
             for name in (*of_keys, "theta_v", "grad_z"):
                 setattr(sums, name, Moments(heads, width, device))
             sums.gram_q = SymmetricSum(heads, width, device) if keys else None
-            sums.inputs = Halves(1, heads * width, device) if hidden and not branch.indivisible else None
+            sums.inputs = Halves(1, heads * width, device) if hidden else None
             sums.gram = SymmetricSum(1, branch.output.out_features, device)
         if width and keys:
             self._on(branch.module.qkv, self._on_qkv)
@@ -192,7 +172,7 @@ class _AttentionTap(_Tap):
 
 class _MlpTap(_Tap):
     def __init__(self, branch, device, moments, hidden):
-        sums = MlpStatistics(*(zeros(branch.width, device=device) for _ in range(2)))
+        sums = BranchStatistics(*(zeros(branch.width, device=device) for _ in range(2)))
         super().__init__(branch, sums, moments)
         if hidden:
             sums.inputs = Halves(1, branch.width, device)
@@ -243,14 +223,14 @@ def collect_statistics(supernet, batches, objective, moments=True, hidden=False,
         objective: function (model, images, labels, positions) -> scalar, a sum over images.
         moments: also collect what the bases need.
         hidden: also collect what compensation needs, M x M and H d x H d float64 numbers per block.
-    Returns 2L AttentionStatistics and MlpStatistics, in the order of Widths.flat, summed over ranks. Parameters get no
-    gradient, and the training mode is put back. Raises InputError if an activation or gradient is not finite, and if
-    no image was seen.
+    Returns 2L BranchStatistics, those of attention AttentionStatistics, in the order of Widths.flat, summed over ranks.
+    Parameters get no gradient, and the training mode is put back. Raises InputError if an activation or gradient is not
+    finite, and if no image was seen.
     """
     device = next(supernet.parameters()).device
     kinds = {"attn": _AttentionTap, "mlp": _MlpTap}
     taps = [kinds[branch.name](branch, device, moments, hidden) for branch in branches(supernet)]
-    seen = torch.zeros((), device=device)
+    seen = zeros(device=device)
     with frozen(supernet), hooks([handle for tap in taps for handle in tap.handles]):
         for images, labels, positions in batches:
             images = images.to(device).requires_grad_()
@@ -260,10 +240,12 @@ def collect_statistics(supernet, batches, objective, moments=True, hidden=False,
                 value = objective(supernet, images, labels.to(device), positions)
             value.backward()
             seen += len(images)
-    if utils.all_reduce(seen) == 0:
+    seen = utils.all_reduce(seen)
+    if seen == 0:
         raise InputError("there is no proxy image that can be read")
     for index, tap in enumerate(taps):
         tap.sums.all_reduce()
+        tap.sums.images = seen
         if not torch.isfinite(tap.sums.taylor).all():
             raise InputError(
                 f"block {index // 2}: activations or gradients on the proxy set are NaN or infinite: check the weights"
