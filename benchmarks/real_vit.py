@@ -34,7 +34,6 @@ METHODS = {
     "ours, plain": ("balanced", "greedy", "label", "plain"),
     "ours, compensated": ("balanced", "greedy", "label", "compensated"),
     "the same, feature objective": ("balanced", "greedy", "feature", "compensated"),
-    "the same, Taylor order": ("balanced", "taylor", "label", "compensated"),
     f"ours, calibrated on {CALIBRATION_IMAGES} images": ("balanced", "greedy", "label", "calibrated"),
 }
 OURS, OTHERS = "ours, compensated", list(METHODS)[1:3]
