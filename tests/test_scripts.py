@@ -1,5 +1,7 @@
 """run_train.slurm and run_train.sh as a cluster runs them: a shell, tools/launch.py and two gloo ranks."""
 
+import contextlib
+import glob
 import importlib
 import os
 import signal
@@ -67,16 +69,22 @@ class Script:
         return code, self.words.read_text().splitlines()[-1]
 
 
+def readings(pattern):
+    """What the files of a pattern hold, but for processes that have ended in between."""
+    for file in glob.glob(pattern):
+        with contextlib.suppress(OSError):
+            yield Path(file).read_bytes()
+
+
 def descendants(pid):
     """All processes below one, parents first."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    children = [int(child) for file in files for child in file.read_text().split()]
+    children = [int(child) for words in readings(f"/proc/{pid}/task/*/children") for child in words.split()]
     return children + [below for child in children for below in descendants(child)]
 
 
 def ranks_below(pid):
     """The processes that torchrun has started, which may still be importing."""
-    return [child for child in descendants(pid) if b"\0-u\0" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in descendants(pid) if b"\0-u\0" in b"".join(readings(f"/proc/{child}/cmdline"))]
 
 
 STOPPED = "stopped by a signal, saved; the same command with --resume auto goes on"
