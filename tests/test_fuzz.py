@@ -27,19 +27,8 @@ STARTS = {
 }
 NUMBERS = ["0", "1", "2", "16", "300", "0.5", "-1", "1e-30", "1e30", "nan", "9" * 400]
 WORDS = [
-    "",
-    "x",
-    ".",
-    "net",
-    "nowhere",
-    "/dev/null",
-    "a" * 300,
-    "\x1b[2J\u00e9 '",
-    "auto",
-    "none",
-    "DIGITS",
-    "vit_tiny",
-]
+    "", "x", ".", "net", "nowhere", "/dev/null", "a" * 300, "\x1b[2J\u00e9 '", "auto", "none", "DIGITS", "vit_tiny",
+]  # fmt: skip
 VALUES = st.sampled_from(NUMBERS + WORDS)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
