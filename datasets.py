@@ -316,7 +316,12 @@ def between_models(student, teacher):
     own, other = data_config(student), data_config(teacher)
     mean = [(m - n) / s for m, n, s in zip(other["mean"], own["mean"], own["std"], strict=True)]
     std = [s / t for s, t in zip(other["std"], own["std"], strict=True)]
-    return T.Compose([T.Resize((other["img_size"],) * 2, T.InterpolationMode.BICUBIC), T.Normalize(mean, std)])
+    steps = []
+    if own["img_size"] != other["img_size"]:
+        steps.append(T.Resize((other["img_size"],) * 2, T.InterpolationMode.BICUBIC))
+    if (own["mean"], own["std"]) != (other["mean"], other["std"]):
+        steps.append(T.Normalize(mean, std))
+    return T.Compose(steps)
 
 
 # ------------------------------------------------------------------------------------------ loaders

@@ -52,7 +52,7 @@ def stage_parser(description, classes=True):
     add("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     switch_off(add, "pin-mem", "do not pin memory for faster copies to the GPU")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", type=utils.device_name, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="autocast type")
     add("--seed", type=interval("[0, 4294967295]", int), default=0, help="seed of everything random")
     return parser

@@ -228,6 +228,13 @@ def quantity(text):
     return value
 
 
+def device_name(text):
+    """argparse type: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose auto, cpu, cuda or cuda:N")
+    return text
+
+
 def with_unit(value):
     """A count with two decimals and a unit, as the paper prints it: 16.88 G, 897.00 M."""
     for unit, factor in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
@@ -442,10 +449,14 @@ def choose_device(name, flag):
     """The torch.device that ``flag`` names. Raises InputError if there is no such device here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"{flag} {name}: choose auto, cpu, cuda or cuda:N")
-    if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise InputError(f"{flag} {name}: {torch.cuda.device_count()} CUDA devices are visible here")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"{flag} {name}: choose auto, cpu or cuda")
+    visible = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and not visible:
+        raise InputError(f"{flag} {name}: no CUDA device is visible here; use {flag} cpu")
+    if index and int(index) >= visible:
+        raise InputError(f"{flag} {name}: cuda:0 to cuda:{visible - 1} are visible here")
     return torch.device(name)
 
 

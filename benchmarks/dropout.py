@@ -159,9 +159,7 @@ class ChannelDropout(DropoutList):
         statistics = collect_statistics(supernet, proxy, OBJECTIVES["label"], moments=False)
         for branch, sums, size in zip(branches(supernet), statistics, self.units.sizes, strict=True):
             module = getattr(branch.module, branch.part.layers[0].name)
-            self.modules.append(
-                (module, sums.taylor.sum_to_size(sums.taylor.shape[-1]).unflatten(0, (-1, size)).sum(1), size)
-            )
+            self.modules.append((module, sums.taylor_by_width.unflatten(0, (-1, size)).sum(1), size))
         return [m.register_forward_hook(lambda m, _, output: output * self.masks[m]) for m, _, _ in self.modules]
 
     def draw(self, step):

@@ -69,7 +69,7 @@ def stage(script, *options, timeout=600):
         return words.read(), process.exitcode
 
 
-def torchrun(script, *words, ranks=2, restarts=0, timeout=600):
+def torchrun(script, *words, ranks=2, restarts=0, timeout=300):
     """(output, exit code) of a script's ranks, under torchrun if there are several. None outlives the time limit."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launcher = [*launcher, f"--max-restarts={restarts}"] if ranks > 1 else []

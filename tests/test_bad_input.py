@@ -279,7 +279,7 @@ def test_every_flag_with_a_type_or_choices_refuses_nonsense(script, capsys):
         with pytest.raises(SystemExit) as stop:
             module_of(script).get_args([flag, "nonsense"])
         assert stop.value.code == 2 and f"error: argument {flag}: " in capsys.readouterr().err
-    assert len(flags) > 10
+    assert len(flags) > 15
 
 
 @pytest.mark.parametrize("command", [

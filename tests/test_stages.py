@@ -30,7 +30,7 @@ SIZES = ("largest", "middle", "smallest")
 def run(command, ranks=1, expect=0):
     """Run a stage in processes of its own; returns its output."""
     words = command.split()
-    output, code = stage(*words) if ranks == 1 else torchrun(*words, ranks=ranks)
+    output, code = stage(*words) if ranks == 1 else torchrun(*words, ranks=ranks, timeout=600)
     assert code == expect, output
     return output
 

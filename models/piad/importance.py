@@ -151,7 +151,7 @@ def unit_importance(gammas, statistics, widths, units, costs):
     units.counts(widths)
     importance = []
     for branch, (gamma, sums, cost) in enumerate(zip(gammas, statistics, costs, strict=True)):
-        taylor = sums.taylor.sum_to_size(sums.taylor.shape[-1])
+        taylor = sums.taylor_by_width
         alpha = taylor / taylor.sum().clamp(min=torch.finfo(taylor.dtype).tiny)
         importance.append(units.per_cost(gamma * alpha, branch, cost))
     return importance

@@ -40,6 +40,11 @@ class BranchStatistics(Sums):
     images: torch.Tensor | None = None
 
     @property
+    def taylor_by_width(self):
+        """[M], or [d] of q, k and v and of all heads together."""
+        return self.taylor.sum_to_size(self.taylor.shape[-1])
+
+    @property
     def mean_gram(self):
         """G = E[sum over the tokens of an image of go go^T], [D, D]. Stages of Swin have their own numbers of tokens:
         only the sum says what the objective loses."""
