@@ -88,27 +88,30 @@ def halves_of(count):
 @pytest.mark.parametrize("count", [10, 14, 30])
 def test_the_shrinkage_is_the_one_that_predicts_the_other_half_best(count):
     weight, gram, halves, samples = halves_of(count)
-    lost = torch.zeros(len(SHRINKAGES), dtype=torch.float64)
+    lost, order = torch.zeros(len(SHRINKAGES), dtype=torch.float64), torch.arange(12).roll(5)
+    sorted_weight = weight[:, order]
     for (mean, covariance), (a, w) in zip(halves, samples[::-1], strict=True):
+        mean, covariance, a = mean[order], covariance[order][:, order], a[:, order]
         for index, share in enumerate(SHRINKAGES):
-            new, bias = fold(weight, torch.zeros(5), factorise(shrunk(covariance, share)), mean, 3)
-            left = a @ weight.mT - a[:, :3] @ new.mT - bias
+            new, bias = fold(sorted_weight, torch.zeros(5), factorise(shrunk(covariance, share)), mean, 3)
+            left = a @ sorted_weight.mT - a[:, :3] @ new.mT - bias
             lost[index] += (w * ((left @ gram) * left).sum(1)).sum()
     share = max(share for share, value in zip(SHRINKAGES, lost, strict=True) if value <= 1.003 * lost.min())
-    assert choose_shrinkage(halves, weight, gram) == share / (2 - share)
+    assert choose_shrinkage(halves, weight, gram, order) == share / (2 - share)
 
 
 def test_correlations_shrink_where_tokens_are_few_and_not_where_they_are_many():
-    found = {}
+    found, order = {}, torch.arange(12)
     for count in (8, 1000):
         weight, gram, halves, _ = halves_of(count)
-        found[count] = choose_shrinkage(halves, weight, gram)
+        found[count] = choose_shrinkage(halves, weight, gram, order)
     assert found[1000] < 0.01 and found[8] > 0.1
     nothing = (torch.zeros(12, dtype=torch.float64), torch.zeros(12, 12, dtype=torch.float64))
-    assert 0 < choose_shrinkage([halves[0], nothing], weight, gram) < 1, "one proxy image: nothing to compare with"
+    halved = choose_shrinkage([halves[0], nothing], weight, gram, order)
+    assert 0 < halved < 1, "one proxy image: nothing to compare with"
     rounding = torch.linspace(-1, 1, 144, dtype=torch.float64).view(12, 12) * 1e-17
     halves[0] = (halves[0][0], rounding + rounding.mT)
-    assert 0.8 < choose_shrinkage(halves, weight, gram) < 1, "a half of one token predicts nothing"
+    assert 0.8 < choose_shrinkage(halves, weight, gram, order) < 1, "a half of one token predicts nothing"
 
 
 def test_greedy_order_picks_the_best_next_unit_each_time():

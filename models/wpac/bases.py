@@ -102,7 +102,7 @@ def factorise(covariance):
 
 
 def _finite(covariance):
-    if not torch.isfinite(covariance).all():
+    if not torch.isfinite(covariance.sum()):
         raise InputError("activations are NaN or infinite on the proxy set")
     return covariance
 
@@ -118,41 +118,49 @@ def shrunk(covariance, share):
     return smaller
 
 
-def choose_shrinkage(halves, weight, gram):
+def choose_shrinkage(halves, weight, gram, order):
     """The shrinkage with which each half of the proxy images says best what the other half loses (docs/method.md, 2).
 
     Where few tokens carry the weight, kept entries seem to predict dropped ones better than they do. SHRINKAGES are
-    compared with the first entries of x kept; the largest counts that is as good as the best, within TOLERATED: it
-    promises the least. Shrinking by s is a ridge of s / (1 - s) of every variance. For all images, which are twice as
-    many, this ridge is halved.
+    compared with the first entries of ``order`` kept; the largest counts that is as good as the best, within TOLERATED:
+    it promises the least. Shrinking by s is a ridge of s / (1 - s) of every variance. For all images, which are twice
+    as many, this ridge is halved.
 
-    Args: halves: two (mean [n], covariance [n, n]) of x; weight [D, n] of the Linear that reads it; gram [D, D].
+    Args: halves: two (mean [n], covariance [n, n]) of x; weight [D, n] of the Linear that reads it; gram [D, D]; order:
+        [n], indices into x.
     """
-    kept = max(int(KEPT_TO_COMPARE * weight.shape[1]), 1)
-    lost = sum(_lost_elsewhere(*pair, weight, gram, kept) for pair in (halves, halves[::-1]))
+    count = max(int(KEPT_TO_COMPARE * len(order)), 1)
+    kept, rest = order[:count], order[count:]
+    dropped, both = weight[:, rest], halves[0][1] + halves[1][1]
+    parts = [(m[kept], _finite(c)[kept][:, kept], dropped @ m[rest], dropped @ c[kept][:, rest].mT) for m, c in halves]
+    of_dropped = ((gram @ dropped) * (dropped @ both[rest][:, rest])).sum()
+    lost = of_dropped + sum(_lost_elsewhere(*pair, gram) for pair in (parts, parts[::-1]))
+    lost = lost.clamp(min=0)
     share = SHRINKAGES[(lost <= (1 + TOLERATED) * lost.min()).nonzero().max()]
     return share / (2 - share)
 
 
-def _lost_elsewhere(here, elsewhere, weight, gram, kept):
-    """For each of SHRINKAGES, E|G^(1/2) (W x - W' x[:kept] - b')|^2 elsewhere, for W' and b' fitted here."""
-    (mean, covariance), (other_mean, other) = here, elsewhere
-    dropped, shift, predictors = weight[:, kept:], other_mean - mean, _finite(covariance)[:kept, :kept]
+def _lost_elsewhere(here, elsewhere, gram):
+    """For each of SHRINKAGES, E|G^(1/2) (W x - W' x_kept - b')|^2 elsewhere, for W' and b' fitted here, without what
+    the dropped entries hold by themselves. here, elsewhere: mean and covariance of x_kept, mean of what the dropped
+    entries give, and its covariance with x_kept."""
+    (mean, covariance, mean_given, given), (other_mean, other, other_mean_given, other_given) = here, elsewhere
     # Where tokens hardly differ, rounding leaves variances and eigenvalues below zero.
-    deviation = (predictors.diagonal().clamp(min=0) + _floor(predictors)).sqrt()
-    values, vectors = torch.linalg.eigh((predictors / deviation / deviation[:, None]).fill_diagonal_(1))
+    deviation = (covariance.diagonal().clamp(min=0) + _floor(covariance)).sqrt()
+    values, vectors = torch.linalg.eigh((covariance / deviation / deviation[:, None]).fill_diagonal_(1))
     values = values.clamp(min=0)
-    # y = to^T x[:kept] is uncorrelated here, so that shrinking scales what is folded, column by column.
+    # y = to^T x_kept is uncorrelated here, so that shrinking scales what is folded, column by column.
     to = vectors / deviation[:, None]
-    target, other_target = (dropped @ c[kept:, :kept] @ to for c in (covariance, other))
-    spread, linear = to.mT @ other[:kept, :kept] @ to, (target * (gram @ other_target)).sum(0)
-    quadratic, moved = spread * (target.mT @ gram @ target), to.mT @ shift[:kept]
-    of_dropped, lost = ((gram @ dropped) * (dropped @ other[kept:, kept:])).sum(), []
+    target = given @ to
+    weighted = gram @ target
+    linear = (weighted * (other_given @ to)).sum(0)
+    quadratic = (to.mT @ other @ to) * (target.mT @ weighted)
+    moved, shift, lost = to.mT @ (other_mean - mean), other_mean_given - mean_given, []
     for share in SHRINKAGES:
         scale = (1 - share) / ((1 - share) * values + share)
-        mean_lost = dropped @ shift[kept:] - target @ (scale * moved)
-        lost.append(of_dropped + scale @ quadratic @ scale - 2 * scale @ linear + mean_lost @ gram @ mean_lost)
-    return torch.stack(lost).clamp(min=0)
+        mean_lost = shift - target @ (scale * moved)
+        lost.append(scale @ quadratic @ scale - 2 * scale @ linear + mean_lost @ gram @ mean_lost)
+    return torch.stack(lost)
 
 
 def greedy_order(covariance, weight, gram, importance):
@@ -167,26 +175,26 @@ def greedy_order(covariance, weight, gram, importance):
     count, floor = len(covariance), _floor(covariance)
     values, vectors = torch.linalg.eigh(gram)
     weighted = weight.mT @ (vectors * values.clamp(min=0).sqrt())
-    # By unit: carried is R weighted. Each row of factor is a column of the Cholesky factor.
+    # All by unit: carried is R weighted, factor the Cholesky factor.
     carried, left = covariance @ weighted, covariance.diagonal() + floor
-    factor, order = torch.zeros_like(covariance), torch.empty(count, dtype=torch.long, device=covariance.device)
-    at_once = max(count // 150, 1)
+    factor, free = torch.empty_like(covariance), torch.arange(count, device=left.device)
+    order, chosen = free[:0], torch.zeros_like(free, dtype=torch.bool)
     remaining = total = (weighted * carried).sum()
-    for done in range(0, count, at_once):
+    while len(order) < count and remaining > GREEDY_TAIL * total:
+        done = len(order)
         score = torch.linalg.vector_norm(carried, dim=1).square() / left.clamp(min=floor)
-        score[order[:done]] = -torch.inf
-        if remaining <= GREEDY_TAIL * total:
-            free = torch.isfinite(score)
-            rest = importance.argsort(descending=True, stable=True)
-            order[done:] = rest[free[rest]]
-            break
-        pivots = score.topk(min(at_once, count - done)).indices
-        span, known = slice(done, done + len(pivots)), factor[:done]
-        rows = covariance[pivots] - known[:, pivots].mT @ known
-        new = torch.linalg.solve_triangular(factorise(rows[:, pivots]), rows, upper=False)
-        explained = new @ weighted
-        carried.addmm_(new.mT, explained, alpha=-1)
-        left -= new.square().sum(0)
+        pivots = score.masked_fill(chosen, -torch.inf).topk(min(max(count // 150, 1), count - done)).indices
+        columns = covariance[free[pivots]][:, free].mT - factor[:, :done] @ factor[pivots, :done].mT
+        root = factorise(columns[pivots])
+        new = torch.linalg.solve_triangular(root.mT, columns, upper=True, left=False)
+        explained = torch.linalg.solve_triangular(root, carried[pivots], upper=False)
+        carried.addmm_(new, explained, alpha=-1)
+        left -= new.square().sum(1)
         remaining = remaining - explained.square().sum()
-        factor[span], order[span] = new, pivots
-    return order
+        factor[:, done : done + len(pivots)] = new
+        order, chosen[pivots] = torch.cat((order, free[pivots])), True
+        if 8 * chosen.sum() > len(free):  # R is empty in their rows and columns
+            kept = (carried, left, factor, free, chosen)
+            carried, left, factor, free, chosen = (by_unit[~chosen] for by_unit in kept)
+    rest = importance.argsort(descending=True, stable=True)
+    return torch.cat((order, rest[~torch.isin(rest, order)]))

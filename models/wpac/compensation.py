@@ -66,14 +66,19 @@ class Compensation:
 def _of_attention(branch, sums, rewrite):
     """(errors [d], weight of the last Linear [D, n], F, mu)."""
     heads, weight = branch.part.heads, _dimension_first(branch.output.weight.detach().double(), branch.part.heads)
-    maps = _dimension_first(torch.block_diag(*rewrite.maps).mT, heads).mT
+
+    def mapped(rows):
+        return (rewrite.maps @ rows.unflatten(0, (heads, -1))).flatten(0, 1)
 
     def rewritten(moments):
         mean, covariance = centred(moments)
-        return maps @ (mean - rewrite.shift.flatten()), maps @ covariance @ maps.mT
+        both = mapped(mapped(covariance).mT)
+        mean = mapped((mean - rewrite.shift.flatten())[:, None]).mT[0]
+        return _dimension_first(mean, heads), _dimension_first(_dimension_first(both, heads).mT, heads)
 
-    shrinkage = choose_shrinkage([rewritten(half) for half in sums.inputs.apart], weight, sums.mean_gram)
     mean, covariance = rewritten(sums.inputs.together)
+    halves, as_it_is = [rewritten(half) for half in sums.inputs.apart], torch.arange(len(mean), device=mean.device)
+    shrinkage = choose_shrinkage(halves, weight, sums.mean_gram, as_it_is)
     factor = factorise(shrunk(covariance, shrinkage))
     errors = unit_errors(weight, factor, sums.mean_gram).unflatten(0, (-1, heads)).sum(1)
     return errors + rewrite.lost, weight, factor, mean
@@ -111,8 +116,10 @@ def measure_compensation(supernet, batches, objective, amp="none"):
 
 
 def unit_errors(weight, factor, gram):
-    """e_j = |G^(1/2) (W F)_j|^2, [n]: weight [D, n], factor [n, n], gram [D, D]."""
-    carried = weight @ factor
+    """e_j = |G^(1/2) (W F)_j|^2, [n]: weight [D, n], factor [n, n] lower triangular, gram [D, D]."""
+    parts = torch.arange(len(factor), device=factor.device).chunk(8)
+    # Above the diagonal F holds nothing.
+    carried = torch.cat([weight[:, part[0] :] @ factor[part[0] :, part] for part in parts], 1)
     return (carried * (gram @ carried)).sum(0).clamp(min=0)
 
 

@@ -43,7 +43,7 @@ class SymmetricSum(Sums):
     def dense(self):
         """The sum, [G, d, d]."""
         groups, _, width = self.rows[-1].shape
-        dense = zeros(groups, width, width, device=self.rows[-1].device)
+        dense = self.rows[-1].new_empty(groups, width, width)
         for row in self.rows:
             height, end = row.shape[1:]
             start = end - height
@@ -100,9 +100,8 @@ class Moments(Sums):
 
     def about(self, center):
         """sum w (x - c)(x - c)^T / sum w, [G, d, d], for c = ``center`` [G, d]."""
-        moment = self.s2.dense()
-        for first, second in ((self.s1, center), (center, self.s1), (-self.s0[:, None] * center, center)):
-            moment.baddbmm_(first.unsqueeze(2), second.unsqueeze(1), alpha=-1)
+        columns = torch.stack((self.s1, center, -self.s0[:, None] * center), 2)
+        moment = self.s2.dense().baddbmm_(columns, torch.stack((center, self.s1, center), 1), alpha=-1)
         return moment.div_(self.s0.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None])
 
     def __add__(self, other):

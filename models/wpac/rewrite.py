@@ -70,8 +70,8 @@ def _rewrite_mlp(branch, sums, order_by, untouched):
 def hidden_shrinkage(branch, sums):
     """By how much to shrink the correlations of an MLP's hidden units, chosen with them in the order of ``taylor``."""
     order = sums.taylor.argsort(descending=True, stable=True)
-    halves = [(mean[order], covariance[order][:, order]) for mean, covariance in map(centred, sums.inputs.apart)]
-    return bases.choose_shrinkage(halves, branch.output.weight.detach().double()[:, order], sums.mean_gram)
+    halves = [centred(half) for half in sums.inputs.apart]
+    return bases.choose_shrinkage(halves, branch.output.weight.detach().double(), sums.mean_gram, order)
 
 
 def centred(moments):
