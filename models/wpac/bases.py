@@ -118,6 +118,11 @@ def shrunk(covariance, share):
     return smaller
 
 
+def at(matrix, rows, columns):
+    """The entries of a matrix in these rows and columns, both of them indices."""
+    return matrix[rows[:, None], columns]
+
+
 def choose_shrinkage(halves, weight, gram, order):
     """The shrinkage with which each half of the proxy images says best what the other half loses (docs/method.md, 2).
 
@@ -132,8 +137,8 @@ def choose_shrinkage(halves, weight, gram, order):
     count = max(int(KEPT_TO_COMPARE * len(order)), 1)
     kept, rest = order[:count], order[count:]
     dropped, both = weight[:, rest], halves[0][1] + halves[1][1]
-    parts = [(m[kept], _finite(c)[kept][:, kept], dropped @ m[rest], dropped @ c[kept][:, rest].mT) for m, c in halves]
-    of_dropped = ((gram @ dropped) * (dropped @ both[rest][:, rest])).sum()
+    parts = [(m[kept], at(_finite(c), kept, kept), dropped @ m[rest], dropped @ at(c, rest, kept)) for m, c in halves]
+    of_dropped = ((gram @ dropped) * (dropped @ at(both, rest, rest))).sum()
     lost = of_dropped + sum(_lost_elsewhere(*pair, gram) for pair in (parts, parts[::-1]))
     lost = lost.clamp(min=0)
     share = SHRINKAGES[(lost <= (1 + TOLERATED) * lost.min()).nonzero().max()]
@@ -184,9 +189,9 @@ def greedy_order(covariance, weight, gram, importance):
         done = len(order)
         score = torch.linalg.vector_norm(carried, dim=1).square() / left.clamp(min=floor)
         pivots = score.masked_fill(chosen, -torch.inf).topk(min(max(count // 150, 1), count - done)).indices
-        columns = covariance[free[pivots]][:, free].mT - factor[:, :done] @ factor[pivots, :done].mT
-        root = factorise(columns[pivots])
-        new = torch.linalg.solve_triangular(root.mT, columns, upper=True, left=False)
+        rows = at(covariance, free[pivots], free) - factor[pivots, :done] @ factor[:, :done].mT
+        root = factorise(rows[:, pivots])
+        new = torch.linalg.solve_triangular(root, rows, upper=False).mT
         explained = torch.linalg.solve_triangular(root, carried[pivots], upper=False)
         carried.addmm_(new, explained, alpha=-1)
         left -= new.square().sum(1)

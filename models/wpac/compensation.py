@@ -26,7 +26,7 @@ import utils
 from models.vit.families import Transform, branch_in
 from models.vit.supernet import branches
 from models.vit.weights import as_safetensors, read_safetensors
-from models.wpac.bases import choose_shrinkage, factorise, shrunk
+from models.wpac.bases import at, choose_shrinkage, factorise, shrunk
 from models.wpac.rewrite import centred, reparameterise
 from models.wpac.statistics import collect_statistics
 from utils import InputError
@@ -86,8 +86,8 @@ def _of_attention(branch, sums, rewrite):
 
 def _of_mlp(branch, sums, rewrite):
     weight, order = branch.output.weight.detach().double(), rewrite.order
-    mean, covariance = (moment[order] for moment in centred(sums.inputs.together))
-    factor = factorise(shrunk(covariance[:, order], rewrite.shrinkage))
+    mean, covariance = centred(sums.inputs.together)
+    mean, factor = mean[order], factorise(shrunk(at(covariance, order, order), rewrite.shrinkage))
     if branch.part.can(Transform.COMPENSATION):
         errors = unit_errors(weight, factor, sums.mean_gram)
     else:  # No compensation: dropping a unit changes the objective by -g a (first order). The error is E[(g a)^2].
