@@ -136,15 +136,11 @@ class Bench(common.Bench):
         return [(*paired(left, right), left[2]) for left, right in both]
 
     def _single_batches(self, epoch):
-        """Images of all channels alike. Single ones are shifted by up to two pixels and mirrored; the network of pairs
-        underfits without that."""
+        """Images of all channels alike, shifted by up to two pixels and mirrored."""
         all_images, all_labels = self.data
         for position in range(BATCHES_PER_EPOCH):
             generator = utils.keyed_generator(self.seed, epoch, position)
             chosen = torch.randint(len(all_labels), (BATCH,), generator=generator)
-            if self.pairs:
-                yield all_images[chosen], all_labels[chosen], chosen
-                continue
             down, right = torch.randint(5, (2,), generator=generator).tolist()
             mirrored = torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.5
             images = all_images[chosen]
