@@ -199,7 +199,6 @@ def greedy_order(covariance, weight, gram, importance):
         factor[:, done : done + len(pivots)] = new
         order, chosen[pivots] = torch.cat((order, free[pivots])), True
         if 8 * chosen.sum() > len(free):  # R is empty in their rows and columns
-            kept = (carried, left, factor, free, chosen)
-            carried, left, factor, free, chosen = (by_unit[~chosen] for by_unit in kept)
+            carried, left, factor, free, chosen = (x[~chosen] for x in (carried, left, factor, free, chosen))
     rest = importance.argsort(descending=True, stable=True)
     return torch.cat((order, rest[~torch.isin(rest, order)]))

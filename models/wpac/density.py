@@ -3,6 +3,7 @@
 import torch
 
 from models.vit.supernet import branches
+from models.wpac.bases import at
 from models.wpac.rewrite import head_columns
 
 
@@ -23,9 +24,9 @@ def _losses(branch, sums, rewrite):
     gram = sums.mean_gram
     if branch.name == "mlp":
         weight, order = branch.output.weight.double(), rewrite.order
-        loss = (weight.mT @ gram @ weight) * sums.inputs.together.second_moment[0][order][:, order]
+        loss = (weight.mT @ gram @ weight) * at(sums.inputs.together.second_moment[0], order, order)
         back = order.argsort()
-        return loss[None, back][:, :, back], loss[None]
+        return at(loss, back, back)[None], loss[None]
     after, maps = head_columns(branch.output, branch.part.heads), rewrite.maps
     before, moment = after @ maps, maps @ sums.grad_z.about(rewrite.shift) @ maps.mT
     losses = [before.mT @ gram @ before * sums.grad_z.second_moment, after.mT @ gram @ after * moment]
