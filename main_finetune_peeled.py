@@ -25,7 +25,7 @@ def main(args):
     device = utils.start_up(args)
     loaded = load(args, drop_path_rate=args.drop_path)
     widths = chosen_widths(loaded, args, device)
-    subnet = cut(loaded, widths, args, device)
+    (subnet,) = cut(loaded, [widths], args, device)
     images = datasets.load_images(args, train=True)
     spec = fit_classifier(subnet, loaded.spec, images, args.nb_classes)
     subnet.to(device)

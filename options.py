@@ -385,10 +385,11 @@ def is_file(args):
     return (args.latency_device or "").endswith(".json")
 
 
-def cut(loaded, widths, args, device):
-    """The sub-network of ``widths``, calibrated on training images if ``--calibrate`` asks for it."""
-    subnet = loaded.cut(widths)
+def cut(loaded, sizes, args, device):
+    """The sub-networks of several Widths, calibrated on training images if ``--calibrate`` asks for it."""
+    subnets = [loaded.cut(widths) for widths in sizes]
     if not args.calibrate:
-        return subnet
-    batches = datasets.proxy_loader(datasets.load_images(args, train=True), subnet, args, "calibrate")
-    return calibrate(subnet.to(device), loaded.supernet.to(device), list(batches), OBJECTIVES["feature"])
+        return subnets
+    batches = datasets.proxy_loader(datasets.load_images(args, train=True), loaded.supernet, args, "calibrate")
+    moved = [network.to(device) for network in (loaded.supernet, *subnets)]
+    return calibrate(moved[1:], moved[0], list(batches), OBJECTIVES["feature"])

@@ -359,10 +359,11 @@ def stop_if_asked():
 SECONDS_BETWEEN_LINES = 30
 
 
-def progress(batches, title, done=0, images=0):
+def progress(batches, title, done=0, images=0, unit="batches"):
     """Go through ``batches`` with a progress bar on the main rank, or without a terminal a line now and then.
 
-    done: the number of batches before these. images: the number of images in a batch, of all ranks together.
+    done: the number of batches before these. images: the number of images in a batch, of all ranks together. unit: what
+    they are, if not batches.
     """
     disable = None if is_main() else True
     bar = tqdm(batches, desc=title, disable=disable, leave=False, mininterval=1.0, initial=done)
@@ -374,7 +375,7 @@ def progress(batches, title, done=0, images=0):
             said, total = seconds, len(batches)
             rate = f", {count * images / seconds:.0f} images/s" if images else ""
             left = tqdm.format_interval((total - done - count) * seconds / count)
-            print_once(f"{title}: {done + count} of {total} batches{rate}, {left} left")
+            print_once(f"{title}: {done + count} of {total} {unit}{rate}, {left} left")
 
 
 # ------------------------------------------------------------------------------------------ devices and ranks

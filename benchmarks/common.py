@@ -74,6 +74,8 @@ class Bench:
     """A trained network as a super-network, and its costs. proxy: batches (images, labels, positions) to measure it on;
     test: (images [N, 3, h, w], labels [N])."""
 
+    images_at_once = 500  # of the test images
+
     def __init__(self, model, proxy, test, seed):
         self.supernet, self.proxy, (self.images, self.labels), self.seed = as_supernet(model), proxy, test, seed
         self.costs = Costs.of(self.supernet)
@@ -105,7 +107,7 @@ class Bench:
     def logits(self, network):
         """Of the test images, [N, classes], float64, on the CPU."""
         device = next(network.eval().parameters()).device
-        return torch.cat([network(part.to(device)).double().cpu() for part in self.images.split(500)])
+        return torch.cat([network(part.to(device)).double().cpu() for part in self.images.split(self.images_at_once)])
 
 
 @torch.no_grad()
@@ -173,12 +175,13 @@ def at_shares(table, costs, shares):
     return [Budget("macs_ratio", share).choose(table, costs).widths for share in shares]
 
 
-def cut(supernet, widths, compensation=None, proxy=None):
-    """An extracted network: compensated, if ``compensation`` is given; then calibrated, if ``proxy`` batches are."""
-    subnet = extract(supernet, widths)
-    if compensation:
+def cut(supernet, sizes, compensation=None, proxy=None):
+    """Extracted networks of several Widths: compensated, if ``compensation`` is given; then calibrated, if ``proxy``
+    batches are."""
+    subnets = [extract(supernet, widths) for widths in sizes]
+    for subnet in subnets if compensation else ():
         compensate(subnet, supernet, compensation)
-    return calibrate(subnet, supernet, proxy, OBJECTIVES["feature"]) if proxy else subnet
+    return calibrate(subnets, supernet, proxy, OBJECTIVES["feature"]) if proxy else subnets
 
 
 def spread(values):

@@ -49,8 +49,7 @@ def main(args):
     many = common.at_shares(table, costs, SHARES.values())
     with tempfile.TemporaryDirectory() as folder:
         networks = []
-        for share, widths in enumerate(many):
-            subnet = common.cut(supernet, widths)
+        for share, (widths, subnet) in enumerate(zip(many, common.cut(supernet, many), strict=True)):
             config = subnet_config(subnet, ModelSpec(args.model, 1000), widths, costs, 0.875)
             networks.append(runtimes(subnet, config, Path(folder) / str(share), device))
         worst = max(largest_difference(list(found.values()), device) for found in networks)

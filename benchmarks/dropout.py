@@ -258,20 +258,21 @@ def measure(args, seed, name):
     table, known = dropout.table, compensation if how == "compensated" or (not how and "greedy" in start) else None
     if how in classes:
         table = layer_table(bench, supernet) if how == "layers" else even_table(bench)
-    result = {"top1": [], "macs": [], "calibrated": [], "spent": spent, "steps": table.last}
-    result |= {"seconds": time.perf_counter() - started, "pretrained": bench.top1(bench.supernet)}
-    for widths in common.at_shares(table, bench.costs, SHARES):
-        result["top1"].append(bench.top1(common.cut(supernet, widths, known)))
-        result["macs"].append(bench.costs.macs(widths))
-        if how not in classes:
-            result["calibrated"].append(bench.top1(common.cut(supernet, widths, known, bench.proxy)))
+    result = {"spent": spent, "steps": table.last, "seconds": time.perf_counter() - started}
+    result["pretrained"] = bench.top1(bench.supernet)
+    sizes = common.at_shares(table, bench.costs, SHARES)
+    result["macs"] = [bench.costs.macs(widths) for widths in sizes]
+    result["top1"] = [bench.top1(network) for network in common.cut(supernet, sizes, known)]
+    refitted = [] if how in classes else common.cut(supernet, sizes, known, bench.proxy)
+    result["calibrated"] = [bench.top1(network) for network in refitted]
     return result
 
 
 def ceiling(bench, supernet, compensation, share, args):
     """What ``measure`` gives, for one size that is trained by itself."""
     (widths,) = common.at_shares(bench.dropout(1, compensation).table, bench.costs, [share])
-    subnet, started = as_supernet(common.cut(supernet, widths, compensation)), time.perf_counter()
+    (subnet,), started = common.cut(supernet, [widths], compensation), time.perf_counter()
+    subnet = as_supernet(subnet)
     costs = Costs.of(subnet)
     spent = train(bench, subnet, DropoutList(Units.of(costs.full), costs, [costs.full]), args.lr, args.passes)
     seconds = time.perf_counter() - started

@@ -122,7 +122,7 @@ def shapes(case, device):
     many["uniform, half of each width"] = common.scaled(costs.full, 0.5, 0.5)
     (many["ragged, as a table has it"],) = common.at_shares(table, costs, [0.5])
     conditions = latency.Conditions.of(supernet, device, case.batch_size, case.amps[0])
-    networks = [common.cut(supernet, widths).to(device) for widths in many.values()]
+    networks = [network.to(device) for network in common.cut(supernet, many.values())]
     rows = []
     for (name, widths), ms in zip(many.items(), latency.measure(networks, device, conditions), strict=True):
         rate, macs = 1e3 * case.batch_size / ms, costs.macs(widths)

@@ -30,8 +30,9 @@ def main(args):
         proxy = list(datasets.proxy_loader(train, supernet, args, "proxy_samples"))
         compensation = measure_compensation(supernet, proxy, OBJECTIVES[args.objective])
         loader = datasets.eval_loader(test, supernet, args)
-        for share, widths in zip(SHARES, common.at_shares(loaded.table, loaded.costs, SHARES), strict=True):
-            networks = (common.cut(supernet, widths, *how) for how in ((), (compensation,), (compensation, proxy)))
+        sizes = common.at_shares(loaded.table, loaded.costs, SHARES)
+        ways = [common.cut(supernet, sizes, *how) for how in ((), (compensation,), (compensation, proxy))]
+        for share, networks in zip(SHARES, zip(*ways, strict=True), strict=True):
             top1 = [f"{evaluate(network, loader, device)['top1']:.2f}" for network in networks]
             lines.append([path, f"{share:.3f}", *top1])
     print(*common.markdown(["super-network", "share of MACs", "plain", "compensated", "calibrated"], lines), sep="\n")

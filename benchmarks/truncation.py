@@ -98,8 +98,9 @@ class Bench(common.Bench):
         (supernet, compensation), result = self.start(*method), {}
         many = self.widths(setting, name in BY_SENSITIVITY, supernet, compensation)
         folded, proxy = None if how == "plain" else compensation, self.proxy if how == "calibrated" else None
-        for size, widths in zip(SHARES if setting == "whole" else RATIOS, many, strict=True):
-            logs = self.logits(common.cut(supernet, widths, folded, proxy)).log_softmax(1)
+        networks = common.cut(supernet, many, folded, proxy)
+        for size, network in zip(SHARES if setting == "whole" else RATIOS, networks, strict=True):
+            logs = self.logits(network).log_softmax(1)
             kl = F.kl_div(logs, self.reference, log_target=True, reduction="batchmean").item()
             same = agreement(logs, self.reference.argmax(1))
             result[f"{size:.4f}"] = {"top1": agreement(logs, self.labels), "kl": kl, "agreement": same}

@@ -213,7 +213,7 @@ def test_calibration_on_the_images_themselves_is_closer_than_compensation(widths
         expected = supernet(images)
         network = cut(supernet, widths, compensation)
         before = (network(images) - expected).square().mean()
-    calibrate(network, supernet, batches, OBJECTIVES["feature"])
+    calibrate([network], supernet, batches, OBJECTIVES["feature"])
     with torch.no_grad():
         assert (network(images) - expected).square().mean() < 0.7 * before
     assert all(parameter.grad is None for parameter in supernet.parameters())

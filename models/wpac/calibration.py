@@ -1,7 +1,8 @@
-"""Sequential refit of one extracted network on proxy images (docs/method.md, 2).
+"""Sequential refit of extracted networks on proxy images (docs/method.md, 2).
 
 Block by block, the output layers of the truncated branches (proj and fc2) are refitted. The residual stream after each
-branch is to match the full network's, given what the refitted blocks before it deliver.
+branch is to match the full network's, given what the refitted blocks before it deliver. What the full network gives is
+computed once for all of them.
 """
 
 from dataclasses import dataclass
@@ -20,55 +21,60 @@ RIDGE = 0.1
 
 @dataclass
 class _Batch:
-    """One batch on its way through both networks. teacher, student: the residual stream before the present block, of
-    the full and of the truncated network. contexts: {path of a block: what it is called with besides that stream,
+    """One batch on its way through the networks. teacher, students: the residual stream before the present block, of
+    the full network and of every truncated one. contexts: {path of a block: what it is called with besides that stream,
     (arguments, keyword arguments)}. weights: {str(branch): |dC/dx| of the residual stream after it}."""
 
     images: torch.Tensor
     contexts: dict
     weights: dict
+    students: list
     teacher: torch.Tensor | None = None
-    student: torch.Tensor | None = None
 
 
-def calibrate(subnet, supernet, batches, objective):
-    """Refit ``subnet`` (extracted, changed in place) to the full-width ``supernet``. Branches that end in a norm stay.
+def calibrate(subnets, supernet, batches, objective):
+    """Refit each of ``subnets`` (extracted, changed in place) to the full-width ``supernet``. Branches that end in a
+    norm stay.
 
-    Both are put into eval mode. batches: list of (images, labels, positions), this rank's share; they are kept on the
+    All are put into eval mode. batches: list of (images, labels, positions), this rank's share; they are kept on the
     device with their activations, so a few hundred images are meant. objective: of ``statistics``, gives the token
-    weights |dC/dx|. Returns ``subnet``.
+    weights |dC/dx|. Returns ``subnets``.
     """
-    supernet.eval(), subnet.eval()
+    for network in (supernet, *subnets):
+        network.eval()
     with at_widths(supernet, full_widths(supernet)):
         own = branches(supernet)
-        state = [_begin(supernet, batch, objective) for batch in batches]
+        state = [_begin(subnets, supernet, batch, objective) for batch in batches]
         with torch.no_grad():
-            for pair in zip(own[::2], own[1::2], strict=True):
-                _calibrate_block(subnet, supernet, pair, state)
-    return subnet
+            blocks = list(zip(own[::2], own[1::2], strict=True))
+            for pair in utils.progress(blocks, "calibration", unit="blocks"):
+                _calibrate_block(subnets, supernet, pair, state)
+    return subnets
 
 
-def _begin(supernet, batch, objective):
+def _begin(subnets, supernet, batch, objective):
     images, device = batch[0], next(supernet.parameters()).device
     weights = token_weights(supernet, batch, objective)
     with torch.no_grad():
         inputs, _ = block_inputs(supernet, images.to(device), supernet.forward_features)
     contexts = {path: (args[1:], kwargs) for path, (args, kwargs) in inputs.items()}
-    return _Batch(images.to(device), contexts, weights)
+    return _Batch(images.to(device), contexts, weights, [None] * len(subnets))
 
 
-def _calibrate_block(subnet, supernet, pair, state):
+def _calibrate_block(subnets, supernet, pair, state):
     """pair: both branches of the block."""
     path, block = pair[0].path, pair[0].block
     for batch in state:
         batch.teacher = _input_of(supernet, path, batch, batch.teacher)
-        batch.student = _input_of(subnet, path, batch, batch.student)
     targets = [_run(block, batch.teacher, *batch.contexts[path]) for batch in state]
-    for branch in pair:
-        if branch_in(subnet, branch).module is not None and branch.part.can(Transform.CALIBRATION):
-            _refit(subnet, branch, state, targets)
+    for index, subnet in enumerate(subnets):
+        inputs = [_input_of(subnet, path, batch, batch.students[index]) for batch in state]
+        for branch in pair:
+            if branch_in(subnet, branch).module is not None and branch.part.can(Transform.CALIBRATION):
+                _refit(subnet, branch, state, inputs, targets)
+        for batch, given in zip(state, inputs, strict=True):
+            batch.students[index] = _run(subnet.get_submodule(path), given, *batch.contexts[path])["mlp"]
     for batch, target in zip(state, targets, strict=True):
-        batch.student = _run(subnet.get_submodule(path), batch.student, *batch.contexts[path])["mlp"]
         batch.teacher = target["mlp"]
 
 
@@ -129,7 +135,7 @@ def _run(block, x, args, kwargs, tapped=None):
     return found
 
 
-def _refit(subnet, branch, state, targets):
+def _refit(subnet, branch, state, inputs, targets):
     """Weighted ridge regression of the branch's output layer towards its present weights, float64, all ranks' sums."""
     block, cut = subnet.get_submodule(branch.path), branch_in(subnet, branch)
     linear = getattr(cut.module, branch.part.output)
@@ -140,9 +146,9 @@ def _refit(subnet, branch, state, targets):
     gram = torch.zeros(size, size, dtype=torch.float64, device=linear.weight.device)
     cross = gram.new_zeros(size, linear.out_features)
     present = torch.cat((linear.weight, linear.bias[:, None]), 1).double()
-    for batch, target in zip(state, targets, strict=True):
-        run = _run(block, batch.student, *batch.contexts[branch.path], linear)
-        left = target[branch.name] - (batch.student if branch.name == "attn" else run["attn"])
+    for batch, given, target in zip(state, inputs, targets, strict=True):
+        run = _run(block, given, *batch.contexts[branch.path], linear)
+        left = target[branch.name] - (given if branch.name == "attn" else run["attn"])
         a = leading(run["tapped"], getattr(branch.part, "heads", 1), linear.in_features).double().flatten(0, -2)
         a = torch.cat((a, torch.ones_like(a[:, :1])), 1)
         residual = _layout(cut, block, left).double() / gamma - a @ present.mT
