@@ -422,7 +422,7 @@ def ranks_in_environment():
         os.environ.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
         step = int(os.environ["SLURM_JOB_ID"] + os.environ["SLURM_STEP_ID"])
         os.environ.setdefault("MASTER_PORT", str(20000 + step % 10000))
-    return tuple(int(os.environ[name]) for name in names)
+    return tuple(int(os.environ.get(name, 0)) for name in names)
 
 
 def _join_ranks(backend, rank, world_size):
@@ -432,8 +432,13 @@ def _join_ranks(backend, rank, world_size):
     addresses of the life before, and wait for ports that nobody listens on. So each life gets a part of the store of
     its own, named by torchrun's count of restarts. The agents of several machines do not count alike (a restart for
     another machine's sake is not counted), but can be told to open a new store for each life. Raises InputError if
-    several agents may restart with one store.
+    several agents may restart with one store, or if the launcher did not say which rank this is.
     """
+    if missing := [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ and "WORLD_SIZE" in os.environ]:
+        raise InputError(
+            f"WORLD_SIZE is {world_size} in the environment, without {' and '.join(missing)}; start the ranks by "
+            "tools/launch.py, torchrun or srun, or unset WORLD_SIZE for one process"
+        )
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         raise InputError(

@@ -217,3 +217,16 @@ def test_calibration_on_the_images_themselves_is_closer_than_compensation(widths
     with torch.no_grad():
         assert (network(images) - expected).square().mean() < 0.7 * before
     assert all(parameter.grad is None for parameter in supernet.parameters())
+
+
+def test_sizes_that_are_calibrated_together_are_those_calibrated_alone():
+    (supernet, compensation), batches = reparameterised(), proxy_batches()
+
+    def networks():
+        return [cut(supernet, widths, compensation) for widths in TINY_WIDTHS]
+
+    together = calibrate(networks(), supernet, batches, OBJECTIVES["feature"])
+    for network, one in zip(together, networks(), strict=True):
+        (alone,) = calibrate([one], supernet, batches, OBJECTIVES["feature"])
+        state = network.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in alone.state_dict().items())

@@ -178,6 +178,17 @@ def test_ranks_are_torchrun_s_or_those_of_a_step_of_slurm(environment, ranks, ad
     assert address in (None, f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
 
 
+@pytest.mark.parametrize(("known", "missing"), [((), "RANK and LOCAL_RANK"), (("RANK",), "LOCAL_RANK")])
+def test_a_launcher_that_does_not_say_which_rank_this_is_is_named(known, missing, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+        if name not in known:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(utils.InputError, match=f"^WORLD_SIZE is 2 in the environment, without {missing}; start"):
+        utils.start_up(Namespace(device="cpu", seed=0))
+
+
 def as_rank(rank, port):
     """Be one of two ranks, with statistics of its own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
