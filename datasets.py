@@ -212,8 +212,9 @@ def _timms_data_set(name, root, train):
 
 
 def class_names(dataset):
-    """The names of a data set's classes in the order of its labels, or None if it does not say."""
-    return list(getattr(dataset, "classes", None) or []) or None
+    """The names of a data set's classes in the order of its labels, or None if it does not say. torchvision's ImageNet
+    has synonyms for them: its folders, the wnids, are taken."""
+    return list(getattr(dataset, "wnids", None) or getattr(dataset, "classes", None) or []) or None
 
 
 def relabel(images, classes, flag, names=None):
@@ -374,16 +375,17 @@ def _collate(items):
 class ImageLoader:
     """Batches (images [B, 3, h, w], labels [B], indices [B]) of a TransformedDataset.
 
-    A label beyond the classes is an InputError, and so is an image that cannot be read, with its path. With
-    ``--skip-bad-images`` it is counted, and replaced by the next one that can be read if all batches must be of one
-    size (``drop_last``), or else left out.
+    A label beyond the classes, the model's if the data set does not say its own, is an InputError, and so is an image
+    that cannot be read, with its path. With ``--skip-bad-images`` it is counted, and replaced by the next one that can
+    be read if all batches must be of one size (``drop_last``), or else left out.
     title: with one, every pass shows a progress bar of this name, can be stopped by a signal, and ends by reporting bad
     images. All ranks make it together.
     """
 
-    def __init__(self, images, transform, args, drop_last, title=None, **kwargs):
+    def __init__(self, images, model, transform, args, drop_last, title=None, **kwargs):
         self.skip, self.sampler, self.title = args.skip_bad_images, kwargs["sampler"], title
-        self.bad, self.seen, self.reported, self.classes = {}, 0, set(), getattr(images, "num_classes", None)
+        self.bad, self.seen, self.reported = {}, 0, set()
+        self.classes = getattr(images, "num_classes", None) or model.num_classes
         self.loader = DataLoader(
             TransformedDataset(images, transform, replace=drop_last and self.skip), batch_size=args.batch_size,
             num_workers=args.num_workers, pin_memory=args.pin_mem and args.device != "cpu", collate_fn=_collate,
@@ -399,7 +401,7 @@ class ImageLoader:
         for label, index in zip(labels, indices.tolist(), strict=True):
             if not isinstance(label, int) or not 0 <= label < (self.classes or math.inf):
                 name = image_name(self.loader.dataset.images, index)
-                raise InputError(f"{name}: label {label} is none of the data set's {self.classes or ''} classes")
+                raise InputError(f"{name}: label {label} is none of the {self.classes or ''} classes")
 
     def _together(self):
         """The loader's batches. All ranks ask equally often whether to stop, though one may have a batch less."""
@@ -473,14 +475,14 @@ def train_loader(images, model, args):
         raise InputError(f"--batch-size {args.batch_size} is more than the {len(base)} training images of one rank")
     sampler, stay = KeyedSampler(base, args.seed), args.num_workers > 0
     transform = train_transform(args, data_config(model))
-    return ImageLoader(images, transform, args, drop_last=True, sampler=sampler, persistent_workers=stay)
+    return ImageLoader(images, model, transform, args, drop_last=True, sampler=sampler, persistent_workers=stay)
 
 
 def eval_loader(images, model, args):
     """This rank's share of ``images`` in order, every image exactly once over all ranks, of ``model``'s size."""
     share = range(utils.rank(), len(images), utils.world_size())
     transform = eval_transform(args, data_config(model))
-    return ImageLoader(images, transform, args, drop_last=False, title="evaluate", sampler=share)
+    return ImageLoader(images, model, transform, args, drop_last=False, title="evaluate", sampler=share)
 
 
 def proxy_loader(images, model, args, flag):
@@ -493,4 +495,4 @@ def proxy_loader(images, model, args, flag):
     order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
     share = order[utils.rank() :: utils.world_size()].tolist()
     transform = eval_transform(args, data_config(model))
-    return ImageLoader(images, transform, args, drop_last=False, title="proxy set", sampler=share)
+    return ImageLoader(images, model, transform, args, drop_last=False, title="proxy set", sampler=share)

@@ -63,21 +63,39 @@ def main(args):
         print_once(f"drew {output / 'ladder.png'}, widths.png and knowledge.png")
     flags = ["--model", loaded.spec.name, "--checkpoint", loaded.source, *cutting_flags(args)]
     if args.page is not None and utils.is_main():
-        import page  # plotly is there only if wanted
-
-        steps = [["--op-code", step, "--save", f"step_{step}"] for step in range(len(loaded.table.steps))]
-        commands = [options.command(args, "main_test.py", *flags, *step) for step in steps]
-        page.write(rows, loaded, commands, others, output / "page.html")
-        print_once(f"wrote {output / 'page.html'}")
+        write_page(args, loaded, rows, others, flags, output / "page.html")
     if not loaded.one_size:
         print_once("to fine-tune one of them:")
-        options.print_command(args, "main_finetune_peeled.py", *flags, "--macs-ratio", 0.5)
+        budget = ("--macs-ratio", 0.5) if least_share(loaded) <= 0.5 else ("--op-code", loaded.table.last)
+        options.print_command(args, "main_finetune_peeled.py", *flags, *budget)
+
+
+def write_page(args, loaded, rows, others, flags, path):
+    """flags: words of the command line that say what is cut, for the command beside every step of the table."""
+    import page  # plotly is there only if wanted
+
+    given = [name for name in ("class_map", "probe", "eval_crop_ratio") if name in args.given]
+    testing = [*flags, *options.words_of(args, *given)]
+    steps = [["--op-code", step, "--save", f"step_{step}"] for step in range(len(loaded.table.steps))]
+    commands = [options.command(args, "main_test.py", *testing, *step) for step in steps]
+    page.write(rows, loaded, commands, others, path)
+    print_once(f"wrote {path}")
+
+
+def least_share(loaded):
+    """The share of the MACs that the smallest sub-network of the table has."""
+    return loaded.costs.macs(loaded.table.steps[-1]) / loaded.costs.macs(loaded.costs.full)
+
+
+def default_ladder(loaded):
+    """The budgets of DEFAULT_LADDER that the table reaches, and its last step in the place of those it does not."""
+    within = [budget for budget in DEFAULT_LADDER if budget.value >= least_share(loaded)]
+    return within if len(within) == len(DEFAULT_LADDER) else [*within, Budget("op_code", loaded.table.last)]
 
 
 def cutting_flags(args):
     """The words of the command line that say what is cut from a super-network, and how."""
-    named = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("mask_table", "compensation", "calibrate")}
-    words = [word for flag, value in named.items() if value for word in (flag, value)]
+    words = options.words_of(args, "input_size", "mask_table", "compensation", "calibrate")
     return words + ["--use-ema"] * args.use_ema + ["--no-compensation"] * (args.compensate is False)
 
 
@@ -123,7 +141,7 @@ def test_all(loaded, test, args, device, saved):
 
     A sub-network has one row. test: of ``make_test``. saved: the folder that the sub-networks are written to, if any.
     """
-    asked, origin = options.budgets(args) or DEFAULT_LADDER, {"checkpoint": str(loaded.source)}
+    asked, origin = options.budgets(args) or default_ladder(loaded), {"checkpoint": str(loaded.source)}
     if loaded.one_size:
         asked = [Budget("op_code", 0)]
     else:

@@ -46,12 +46,14 @@ def main(args):
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     # A sub-network without a branch leaves that branch's parameters out of the backward pass.
     run = TrainingRun(supernet, args, device, len(train), find_unused=dropout.loses_branches)
+    taught = digest(teacher.network.state_dict()) if teacher and teacher.network else None
     if args.compile:
         compile_branches(supernet)
     checkpoint, content = run.resume(output)
     if checkpoint:
         restore_table(dropout, content, checkpoint, args)
         weights = content.get("compensation")
+        check_teacher(taught, content, checkpoint)
     weights = use_compensation(run, dropout, checkpoint, weights, output)
     print_once(
         f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
@@ -59,8 +61,9 @@ def main(args):
     )
 
     # Each checkpoint also holds the list of sub-networks, which is written beside it at the same time, and names the
-    # weights that the compensation beside it was measured on.
-    with run.files(output, lambda: {"mask_table": dropout.save(output / TABLE_NAME, spec), "compensation": weights}):
+    # weights that the compensation beside it was measured on, and the teacher's.
+    more = {"compensation": weights, "teacher": taught}
+    with run.files(output, lambda: {"mask_table": dropout.save(output / TABLE_NAME, spec)} | more):
         for epoch in run.epochs():
             with torch.compiler.set_stance("force_eager"):
                 dropout.grow(supernet, proxy, epoch)
@@ -99,15 +102,16 @@ def evaluate_ends(run, table, loader):
 
 
 def build(args, device):
-    """(super-network with its starting weights, its ModelSpec, training images, teacher or None, digest of the
-    weights)."""
+    """(super-network with its starting weights, its ModelSpec, training images, teacher or None, digest of the weights
+    that the compensation beside it is of)."""
     options.required_model(args)
     path = Path(args.pretrained or f"output/reparam/{args.model}/{WEIGHTS_NAME}")
     path = newest_checkpoint(path) if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"--pretrained {path}: no such file; main_reparam.py --model {args.model} writes it")
     images = datasets.load_images(args, train=True)
-    state = read_checkpoint(path)["model"]
+    content = read_checkpoint(path)
+    state = content["model"]
     weights = digest(state)
     # Strings: checkpoints hold the arguments, and nothing but plain values.
     args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path, weights)
@@ -122,7 +126,9 @@ def build(args, device):
     teacher = make_teacher(args, model, remarks)
     if teacher and teacher.network:
         teacher.network.to(device)
-    return as_supernet(model).to(device), spec, images, teacher, weights
+    # Trained weights go with the compensation of those that their training began from.
+    began = content.get("compensation") if isinstance(content.get("compensation"), str) else weights
+    return as_supernet(model).to(device), spec, images, teacher, began
 
 
 def make_teacher(args, model, remarks):
@@ -186,6 +192,13 @@ def restore_table(dropout, content, checkpoint, args):
     if dropout.growth is None and dropout.table.steps != table.steps:
         raise InputError(f"--mask-table {args.mask_table}: --resume {checkpoint} trains another table; give that one")
     dropout.restore(table)
+
+
+def check_teacher(taught, content, checkpoint):
+    """Raise InputError if the teacher's weights, of the digest ``taught``, are not those of the checkpoint's run."""
+    if content.get("teacher", taught) != taught:
+        words = "its teacher had other weights; give the --pretrained or --teacher-path of that run"
+        raise InputError(f"--resume {checkpoint}: {words}")
 
 
 def use_compensation(run, dropout, checkpoint, weights, output):

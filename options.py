@@ -20,7 +20,7 @@ from models.subnet import export, store
 from models.subnet.budget import BUDGET_KINDS, Budget
 from models.subnet.latency import REPEATS, WARM_UP, LatencyTable
 from models.vit.cost import Costs
-from models.vit.pretrained import ALIASES, OWN_SHAPES, image_shape
+from models.vit.pretrained import ALIASES, OWN_SHAPES, check_known, image_shape
 from models.vit.supernet import as_supernet, branches, full_widths
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
@@ -64,7 +64,10 @@ def switch_off(add, name, help):
 
 
 def say_what_is_fetched(name, flag):
-    """Print which published weights of a model are fetched, and from where."""
+    """Print which published weights of a model are fetched, and from where. Raises InputError, which names ``flag``, if
+    there is no such model."""
+    with utils.name_flag(flag):
+        check_known(name)
     cfg = timm.get_pretrained_cfg(ALIASES.get(name, (name, {}))[0])
     source = cfg and (f"the hub's {cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url)
     if source and name not in OWN_SHAPES:
@@ -83,10 +86,15 @@ def command(args, script, *flags):
     return shlex.join(map(str, words))
 
 
+def words_of(args, *names):
+    """The words of the command line for those of the options ``names`` that have a value."""
+    named = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    return [word for flag, value in named.items() if value for word in (flag, value)]
+
+
 def model_flags(args):
     """The words of the command line that name the same network to another stage."""
-    named = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("model", "input_size", "nb_classes")}
-    return [word for flag, value in named.items() if value for word in (flag, value)]
+    return words_of(args, "model", "input_size", "nb_classes")
 
 
 def print_command(args, script, *flags):
@@ -166,7 +174,8 @@ def add_training_options(parser, epochs, lr, min_lr, warmup_epochs):
     add("--weight-decay", type=interval("[0, inf)"), default=0.05, help="of the optimiser")
     add("--accum-iter", type=positive_int, default=1, help="batches whose gradients make one update")
     add("--clip-grad", type=interval("(0, inf)"), help="largest gradient norm (default: gradients are not clipped)")
-    add("--sched", default="cosine", choices=SCHEDULERS, help="a timm scheduler")
+    words = "step: a tenth after every 30 epochs, multistep: after 30 and 60"
+    add("--sched", default="cosine", choices=SCHEDULERS, help="a timm scheduler; " + words)
     add("--warmup-epochs", type=non_negative_int, default=warmup_epochs, help="epochs in which the rate rises to --lr")
     add("--warmup-lr", type=interval("[0, inf)"), default=1e-6, help="learning rate of the first epoch")
     add("--min-lr", type=interval("[0, inf)"), default=min_lr, help="learning rate at the end")
@@ -306,6 +315,8 @@ def load(args, **kwargs):
         if name in args.given:
             flag = "no-compensation" if name == "compensate" else name.replace("_", "-")
             raise InputError(f"--{flag}: {path} is one sub-network; this needs the super-network")
+    if loaded.crop_ratio and "eval_crop_ratio" not in args.given:
+        args.eval_crop_ratio = loaded.crop_ratio
     if loaded.one_size and args.model and replace(loaded.spec, name=args.model).timm_call() != loaded.spec.timm_call():
         raise InputError(f"--model {args.model}: {path} is a sub-network of {loaded.spec.name}")
     return loaded
@@ -372,6 +383,8 @@ def latencies_of_file(loaded, args):
     is of images or batches of another size than are asked for."""
     latencies, size = LatencyTable.load(args.latency_device), image_shape(loaded.supernet)[1]
     of = latencies.conditions
+    if not of.same_model(loaded.supernet):
+        raise InputError(f"--latency-device {args.latency_device}: measured of {of.model}, which is another model")
     if of.img_size != size or ("latency_batch_size" in args.given and args.latency_batch_size != of.batch_size):
         wanted = f"batch {args.latency_batch_size}, {size} px"
         raise InputError(f"--latency-device {args.latency_device}: measured at {of}, and not at {wanted}")

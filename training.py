@@ -61,12 +61,14 @@ class TrainingRun:
         # DeiT's rule: the rate is given for 512 images a step.
         self.batch = args.batch_size * args.accum_iter * utils.world_size()
         self.lr = args.lr if args.unscale_lr else args.lr * self.batch / 512
-        utils.at_most(args, "min_lr", args.lr, f"--lr is {args.lr:g}")
+        for name in ("min_lr", "warmup_lr"):
+            utils.at_most(args, name, self.lr, f"the learning rate of {self.batch} images an update is {self.lr:g}")
         utils.at_most(args, "warmup_epochs", args.epochs, f"--epochs is {args.epochs}")
         self.optimizer = self._optimizer(model)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
-            warmup_epochs=args.warmup_epochs, updates_per_epoch=self.updates_per_epoch,
+            warmup_epochs=args.warmup_epochs, updates_per_epoch=self.updates_per_epoch, decay_epochs=30,
+            decay_milestones=(30, 60),
         )  # fmt: skip
         self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -154,6 +156,10 @@ class TrainingRun:
             print_once(f"going on from epoch {self.epoch}, update {self.updates}: {self.resumed}")
             if self.args.resume != "auto" and utils.is_main():
                 self._give_up_what_is_later()
+            if self.max_accuracy and not (output / BEST_NAME).exists():
+                print_once(
+                    f"note: {output} gets a {BEST_NAME} when {self.max_accuracy:.2f}, the best so far, is beaten"
+                )
         if self.args.tensorboard and utils.is_main():
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by others
 

@@ -265,9 +265,9 @@ def run_stage(main, args):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a path
     if hasattr(args, "resume"):
         catch_signals(signal.SIGTERM, signal.SIGUSR1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # in the ranks of tools/launch.py they wait until here
-    code = 0
+    code, at_once = 0, False
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # in the ranks of tools/launch.py they wait until here
         main(args)
     except (OSError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
         if os.environ.get(TRACEBACK):
@@ -276,25 +276,30 @@ def run_stage(main, args):
         if not _another_rank_says(error):
             print(printable(f"error: {_in_words(error)}"), file=sys.stderr, flush=True)
     except Interrupted:
-        # torchrun takes any code but 0 for a failure, and starts ranks again.
-        code = 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
-        if STOPPED_FILE in os.environ:
-            Path(os.environ[STOPPED_FILE]).touch()
+        code = _code_of_stopped(STOPPED)
         if is_main():
             words = "stopped by a signal, saved; the same command with --resume auto goes on"
             print(words, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        code = 130
+        code, at_once = _code_of_stopped(130), True
         if is_main():
             print("stopped by Ctrl-C", file=sys.stderr, flush=True)
     finally:
         _unlock()
-        if code and is_distributed():
+        if (code or at_once) and is_distributed():
             os._exit(code)  # without the interpreter's clean-up: another rank may be inside a collective with this one
         if is_distributed():
             dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def _code_of_stopped(code):
+    """The exit code of a process that was told to stop: ``code``, but under torchrun, which takes any code but 0 for a
+    failure and starts ranks again, 0; tools/launch.py knows by a file."""
+    if STOPPED_FILE in os.environ:
+        Path(os.environ[STOPPED_FILE]).touch()
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
 def _another_rank_says(error):
@@ -392,6 +397,7 @@ def start_up(args):
     local_rank, args.rank, args.world_size = ranks_in_environment()
     if args.world_size > 1:
         device = torch.device("cuda", local_rank) if device.type == "cuda" else device
+        _check_ranks(device, local_rank, args.world_size)
         _join_ranks("nccl" if device.type == "cuda" else "gloo", args.rank, args.world_size)
     if device.index is not None:
         torch.cuda.set_device(device)
@@ -425,6 +431,22 @@ def ranks_in_environment():
     return tuple(int(os.environ.get(name, 0)) for name in names)
 
 
+def _check_ranks(device, local_rank, world_size):
+    """Raise InputError if the launcher does not say which rank this is, or started more ranks than there are GPUs."""
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ and "WORLD_SIZE" in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE is {world_size} in the environment, without {' and '.join(missing)}; start the ranks by "
+            "tools/launch.py, torchrun or srun, or unset WORLD_SIZE for one process"
+        )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if device.type == "cuda" and ranks > torch.cuda.device_count():
+        raise InputError(
+            f"{ranks} ranks on this machine, and {torch.cuda.device_count()} GPU(s) visible; start one for each "
+            "(--nproc-per-node, or GPUS= of the scripts), or give --device cpu"
+        )
+
+
 def _join_ranks(backend, rank, world_size):
     """Make the process group of the ranks that torchrun or srun has started.
 
@@ -432,13 +454,8 @@ def _join_ranks(backend, rank, world_size):
     addresses of the life before, and wait for ports that nobody listens on. So each life gets a part of the store of
     its own, named by torchrun's count of restarts. The agents of several machines do not count alike (a restart for
     another machine's sake is not counted), but can be told to open a new store for each life. Raises InputError if
-    several agents may restart with one store, or if the launcher did not say which rank this is.
+    several agents may restart with one store.
     """
-    if missing := [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ and "WORLD_SIZE" in os.environ]:
-        raise InputError(
-            f"WORLD_SIZE is {world_size} in the environment, without {' and '.join(missing)}; start the ranks by "
-            "tools/launch.py, torchrun or srun, or unset WORLD_SIZE for one process"
-        )
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         raise InputError(
@@ -707,4 +724,4 @@ def machine_name(device):
         return torch.cuda.get_device_name(device)
     cpus = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    return f"{len(names)} x {names[0]}" if names else f"{platform.machine()} of {platform.node()}"

@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
 from conftest import ROOT, fused_attention, macs_by_fvcore, random_images
 
 import options
@@ -42,6 +43,17 @@ def test_published_sub_networks_are_reachable_and_documented(row):
 
 
 NOTES = {"vit_base": "below 4.26 G MACs, those of the whole vit_small", "vit_small": "1.08 G", "vit_tiny": ""}
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_224.mae", "vit_small_patch16_224.augreg_in1k", "deit3_base_patch16_224"]
+)
+def test_the_next_smaller_model_is_built_whatever_weights_the_larger_one_has(name):
+    smaller = ModelSpec(name, 1000).next_smaller()
+    sizes = {"base": "small", "small": "tiny"}
+    assert smaller.name == name.partition(".")[0].replace(*next(pair for pair in sizes.items() if pair[0] in name))
+    with torch.device("meta"):
+        assert smaller.build().embed_dim < ModelSpec(name, 1000).build().embed_dim
 
 
 @pytest.mark.parametrize(("name", "words"), [*NOTES.items(), ("vit_base_patch16_clip_224", "")])

@@ -29,6 +29,25 @@ def named(args, data_set, path):
     return Namespace(**{**vars(args), "data_set": data_set, "data_path": str(path)})
 
 
+def test_classes_of_torchvision_s_imagenet_are_its_folders():
+    """It has tuples of synonyms for names."""
+    images = Namespace(classes=[("tench", "Tinca tinca"), ("goldfish",)], wnids=["n01440764", "n01443537"])
+    assert datasets.class_names(images) == ["n01440764", "n01443537"]
+    assert datasets.class_names(Namespace(classes=["a"])) == ["a"] and datasets.class_names(Namespace()) is None
+
+
+def test_a_label_beyond_the_network_s_classes_is_named_where_the_data_set_does_not_say_how_many(shared_args):
+    images = [(Image.new("RGB", (16, 16)), label) for label in (3, 12)]
+    loader = datasets.eval_loader(images, tiny_vit(num_classes=10), shared_args)
+    with pytest.raises(InputError, match="image 1: label 12 is none of the 10 classes"):
+        list(loader)
+
+
+def test_a_tag_that_timm_does_not_know_is_answered_with_those_it_has():
+    with pytest.raises(ModelError, match=r"^vit_small_patch16_224.mae: timm knows no such weights; it has .*\.dino"):
+        ModelSpec("vit_small_patch16_224.mae", 10).build()
+
+
 def write_idx(path, array):
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))

@@ -19,6 +19,7 @@ from timm.data import create_transform, resolve_data_config
 import datasets
 import main_test
 import options
+from models.piad.width_table import WidthTable
 from models.subnet import export, load
 from models.subnet.extract import extract
 from models.subnet.store import load_supernet, subnet_config
@@ -151,12 +152,45 @@ def test_a_folder_says_classes_and_licence_and_not_where_timm_s_weights_are(tmp_
         assert words in card
 
 
+SHARES = [f"macs_ratio {share}" for share in ("1", "0.8333", "0.6667", "0.5", "0.3333")]
+
+
+@pytest.mark.parametrize(("least", "asked"), [(96, [*SHARES[:2], "op_code 1"]), (8, SHARES)])
+def test_without_budgets_the_ladder_ends_where_the_table_does(least, asked):
+    """Of a table whose MLPs stay, or of one that was not grown to its end."""
+    costs = Costs.of(random_supernet())
+    table = WidthTable([costs.full, Widths((0,) * 4 if least < 96 else (8,) * 4, (least * 2,) * 4)])
+    assert [str(budget) for budget in main_test.default_ladder(Namespace(costs=costs, table=table))] == asked
+
+
+def test_commands_that_are_printed_cut_for_the_same_input_size():
+    args = main_test.get_args(["--checkpoint", "x", "--input-size", "48", "--calibrate", "9", "--no-compensation"])
+    assert main_test.cutting_flags(args) == ["--input-size", 48, "--calibrate", 9, "--no-compensation"]
+
+
+def test_a_sub_network_is_tested_with_the_crop_that_it_was_saved_with(tmp_path):
+    spec, widths = ModelSpec("vit_digits", 10, 48), Widths((16, 8, 0, 0), (256, 0, 8, 0))
+    supernet = random_supernet(spec)
+    save(extract(supernet, widths), supernet, tmp_path, widths=widths, spec=spec, crop_ratio=1.0)
+    args = main_test.get_args(["--checkpoint", str(tmp_path), "--data-set", "DIGITS"])
+    loaded = options.load(args)
+    assert args.eval_crop_ratio == 1.0
+    loaded.save(tmp_path / "again", widths)
+    assert load.read_config(tmp_path / "again")["pretrained_cfg"]["crop_pct"] == 1.0
+    args = main_test.get_args(["--checkpoint", str(tmp_path), "--eval-crop-ratio", "0.9"])
+    options.load(args)
+    assert args.eval_crop_ratio == 0.9
+    saved(tmp_path / "small")  # of images that are never cropped
+    assert load_supernet(tmp_path / "small").crop_ratio is None
+
+
 @torch.no_grad()
 def test_the_stages_read_a_saved_folder_at_any_input_size_and_a_fine_tuned_checkpoint(tmp_path):
     subnet, images = saved(tmp_path)[0], random_images(2, size=24)
     loaded = load_supernet(tmp_path)
     assert loaded.one_size and loaded.spec == SPEC and loaded.table.steps == [WIDTHS]
-    assert torch.equal(loaded.cut(WIDTHS).eval()(images), subnet(images))
+    assert not loaded.cut(WIDTHS).training
+    assert torch.equal(loaded.cut(WIDTHS)(images), subnet(images))
     larger = load_supernet(tmp_path, input_size=32)
     assert larger.spec.img_size == 32 and larger.supernet.pos_embed.shape[1] == 65
     assert larger.supernet(random_images(1, size=32)).shape == (1, 10)

@@ -92,6 +92,22 @@ def test_the_file_says_what_it_holds_for_and_serves_that_elsewhere(net, counted,
     assert not beside(net).known(net.table), "of other networks"
 
 
+def test_another_model_s_latencies_are_not_taken(net, tmp_path):
+    beside(net).measure(net.table.steps[:2])
+    (path,) = tmp_path.glob("latency_*.json")
+    content = json.loads(path.read_text())
+    assert beside(net).points
+    content["conditions"]["model"] = None  # a file that is older than this entry
+    path.write_text(json.dumps(content))
+    assert beside(net).points
+    content["conditions"]["model"] = "vit_large_patch16_224"
+    path.write_text(json.dumps(content))
+    assert not beside(net).points
+    args = Namespace(latency_device=str(path), latency_batch_size=2, finer=False, amp="none", given=[])
+    with pytest.raises(InputError, match="measured of vit_large_patch16_224, which is another model"):
+        options.choose(net, [Budget("latency_ms", 16.0)], args, CPU)
+
+
 NO_SIZE = {"device": "x", "threads": 1, "batch_size": "2", "img_size": 16, "amp": "none"}
 DAMAGED = ["{", "[]", '{"points": [], "conditions": {"device": 1}}', '{"points": [{"ms": 1}]}']
 DAMAGED += [json.dumps({"points": [], "conditions": NO_SIZE})]

@@ -189,6 +189,30 @@ def test_a_launcher_that_does_not_say_which_rank_this_is_is_named(known, missing
         utils.start_up(Namespace(device="cpu", seed=0))
 
 
+def test_more_ranks_than_gpus_is_one_line_on_every_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for rank in ("0", "3"):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        with pytest.raises(utils.InputError, match=r"^4 ranks on this machine, and 2 GPU\(s\) visible"):
+            utils.start_up(Namespace(device="auto", seed=0))
+
+
+def test_ctrl_c_while_ranks_start_is_no_failure_that_torchrun_restarts(tmp_path, monkeypatch, capsys):
+    def pressed(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        utils.run_stage(pressed, Namespace())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv(utils.STOPPED_FILE, str(tmp_path / "stopped"))
+    utils.run_stage(pressed, Namespace())
+    assert (tmp_path / "stopped").exists() and capsys.readouterr().err == "stopped by Ctrl-C\n" * 2
+
+
 def as_rank(rank, port):
     """Be one of two ranks, with statistics of its own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

@@ -332,6 +332,21 @@ def test_defaults_give_way_with_a_note(capsys):
     run = new_run(None, warmup_epochs=5, epochs=3, min_lr=1.0)
     assert (run.args.warmup_epochs, run.args.min_lr) == (3, 0.01)
     assert "note: --warmup-epochs 5: --epochs is 3, so it is 3\n" in capsys.readouterr().out
+    run = new_run(None, lr=1e-3, unscale_lr=False, min_lr=1e-4, warmup_lr=1e-5)  # 8 images: 1.6e-5
+    assert run.args.min_lr == run.lr == pytest.approx(1e-3 * 8 / 512) and run.args.warmup_lr == 1e-5
+    note = "note: --min-lr 0.0001: the learning rate of 8 images an update is 1.5625e-05, so it is 1.5625e-05\n"
+    assert note in capsys.readouterr().out
+    with pytest.raises(utils.InputError, match=r"--min-lr 0\.0001: the learning rate of 8 images an update is"):
+        new_run(None, lr=1e-3, unscale_lr=False, min_lr=1e-4, given=["min_lr"])
+
+
+@pytest.mark.parametrize(("sched", "rates"), [("step", [1, 0.1, 0.01, 0.001]), ("multistep", [1, 0.1, 0.01, 0.01])])
+def test_schedules_in_steps_fall_by_a_tenth_as_their_help_says(sched, rates):
+    run, found = new_run(None, epochs=100, sched=sched), []
+    for epoch in (0, 30, 60, 90):
+        run.scheduler.step(epoch)
+        found.append(run.optimizer.param_groups[0]["lr"] / run.lr)
+    assert found == pytest.approx(rates)
 
 
 # ------------------------------------------------------------------------------------------ one run in a folder

@@ -135,6 +135,9 @@ def test_compensated_slices_are_trained_and_then_cut(chain, tmp_path):
     assert "trains compensated slices; leave it out" in output
     output = run(f"tools/measure.py {DIGITS} --checkpoint {folder} --proxy-samples 16", expect=2)
     assert "was trained with the compensation of stage 1, and is cut with it" in output
+    again = f"main_train.py {TRAINING} --pretrained {folder} --mask-table auto --epochs 1 --output-dir {tmp_path}/again"
+    assert f"training compensated slices, by {folder}/compensation.safetensors" in run(again)
+    assert load_supernet(tmp_path / "again").began == load_supernet(folder).began
     (folder / "compensation.safetensors").unlink()
     with pytest.raises(InputError, match="not a readable compensation file"):
         load_supernet(folder)
@@ -146,6 +149,11 @@ def test_a_teacher_from_a_file_or_the_starting_network(chain, pretrained, tmp_pa
     given = f"{own} --teacher-model vit_digits --teacher-path {pretrained}"
     for name, options in (("own", own), ("given", given), ("none", "")):
         run(f"main_train.py {TRAINING} {start} {options} --output-dir {tmp_path}/{name}")
+    others = (
+        f"--pretrained {pretrained} --batch-size 64 --epochs 1 --grow-epochs 1 --resume {tmp_path}/own/checkpoint_0.pth"
+    )
+    output = run(f"main_train.py {TRAINING} {others} {own} --output-dir {tmp_path}/own", expect=2)
+    assert "its teacher had other weights" in output
     own, given, none = (states(tmp_path / name, "checkpoint_0.pth") for name in ("own", "given", "none"))
     assert largest_difference(own, given) < 3e-4, "both teachers compute the same function"
     assert largest_difference(own, none) > 1e-3

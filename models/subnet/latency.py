@@ -18,18 +18,24 @@ WARM_UP, REPEATS = 3, 15
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a latency holds for: the device by name, CPU threads (None on a GPU), images per batch, pixels, autocast."""
+    """What a latency holds for: the device by name, CPU threads (None on a GPU), images per batch, pixels, autocast,
+    and timm's name of the model (None in files that are older than this entry)."""
 
     device: str
     threads: int | None
     batch_size: int
     img_size: int
     amp: str
+    model: str | None = None
 
     @classmethod
     def of(cls, model, device, batch_size, amp):
         threads = torch.get_num_threads() if device.type == "cpu" else None
-        return cls(utils.machine_name(device), threads, batch_size, model.patch_embed.img_size[0], amp)
+        return cls(utils.machine_name(device), threads, batch_size, model.patch_embed.img_size[0], amp, _name_of(model))
+
+    def same_model(self, model):
+        """Whether ``model`` may be the one that was measured: of the same architecture, or not known."""
+        return self.model in (None, _name_of(model))
 
     def __str__(self):
         on = f", {self.threads} threads" if self.threads else ""
@@ -41,6 +47,10 @@ class Conditions:
         words = re.sub(r"[^\w.]+", "-", self.device).strip("-")
         threads = f"_{self.threads}threads" if self.threads else ""
         return f"latency_{words}{threads}_batch{self.batch_size}_{self.img_size}px_{self.amp}.json"
+
+
+def _name_of(model):
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
 
 
 @torch.inference_mode()
@@ -95,7 +105,8 @@ class LatencyTable:
         conditions = Conditions.of(loaded.supernet, device, batch_size, amp)
         path = Path(loaded.source).parent / conditions.file_name
         # What is known decides what is measured: all ranks must know the same.
-        known = utils.from_main(lambda: cls.load(path).points if path.is_file() else {})
+        found = utils.from_main(lambda: cls.load(path) if path.is_file() else None)
+        known = found.points if found and found.conditions.same_model(loaded.supernet) else {}
         return cls(path, conditions, known, loaded, device)
 
     def known(self, table):

@@ -41,7 +41,8 @@ class SuperNetwork:
 
     weights: their digest. compensation: 2L Compensation, if what is cut is to be compensated. one_size: it is a
     sub-network already, so that ``supernet`` is a stock network and the table has one step. began: the digest of the
-    weights that training began from, if it trained compensated slices.
+    weights that training began from, if it trained compensated slices. crop_ratio: centre crop / resized image at
+    evaluation, of a sub-network that says so.
     """
 
     supernet: nn.Module
@@ -53,6 +54,7 @@ class SuperNetwork:
     compensation: list | None = None
     one_size: bool = False
     began: str | None = None
+    crop_ratio: float | None = None
 
     def __repr__(self):
         how = "compensated" if self.compensation else "as plain slices"
@@ -69,8 +71,8 @@ class SuperNetwork:
         return Budget.of(**budget).choose(self.table, self.costs).widths
 
     def slice(self, widths):
-        """The stand-alone network of ``widths``, cut as it is."""
-        return copy.deepcopy(self.supernet) if self.one_size else extract(self.supernet, widths)
+        """The stand-alone network of ``widths``, cut as it is, in eval mode."""
+        return copy.deepcopy(self.supernet).eval() if self.one_size else extract(self.supernet, widths)
 
     def cut(self, widths=None, **budget):
         """The stand-alone network of ``widths``, compensated if there is something to do it with."""
@@ -92,15 +94,15 @@ class SuperNetwork:
         latencies = LatencyTable.beside(self, torch.device(device), batch_size, amp)
         return latencies.measure([widths or self.widths(**budget)])[0]
 
-    def save(self, folder, widths=None, formats=(), *, network=None, crop_ratio=0.875, origin=None, **budget):
+    def save(self, folder, widths=None, formats=(), *, network=None, crop_ratio=None, origin=None, **budget):
         """Write a sub-network to ``folder``, as ``export.save`` does and returns it.
 
         network: what ``cut`` made of ``widths``, if it is there already. crop_ratio: centre crop / resized image at
-        evaluation. origin: plain values that say where it comes from.
+        evaluation (default: its own, or 0.875). origin: plain values that say where it comes from.
         """
         widths = widths or self.widths(**budget)
         network = network or self.cut(widths)
-        config = subnet_config(network, self.spec, widths, self.costs, crop_ratio)
+        config = subnet_config(network, self.spec, widths, self.costs, crop_ratio or self.crop_ratio or 0.875)
         return export.save(network, config | {"origin": origin or {"checkpoint": str(self.source)}}, folder, formats)
 
 
@@ -185,13 +187,16 @@ def _load_one_size(path, config, state, input_size, weights, kwargs):
         set_widths(subnet, widths)  # refuses widths that do not fit
         narrow(as_stock(subnet), widths.attn, widths.mlp)
         subnet.pretrained_cfg["label_names"] = config.get("label_names")
+        crop = config.get("pretrained_cfg", {}) if image_shape(subnet)[1] > 32 else {}
+        crop_ratio = float(crop.get("crop_pct", 0)) if crop.get("crop_mode") == "center" else 0.0
     except InputError:
         raise
     except Exception as error:  # whatever stands there goes through timm and torch
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: its description is that of no network ({reason})") from None
     load_weights(subnet, state, path)
-    return SuperNetwork(subnet, spec, WidthTable([widths]), costs, path, weights, one_size=True)
+    table, crop_ratio = WidthTable([widths]), crop_ratio if 0.1 <= crop_ratio <= 1 else None
+    return SuperNetwork(subnet, spec, table, costs, path, weights, one_size=True, crop_ratio=crop_ratio)
 
 
 def _agreed(beside, inside, table_path, path):

@@ -77,10 +77,11 @@ class ModelSpec:
 
     def next_smaller(self):
         """The ModelSpec of the next smaller DeiT or ViT of the same kind (base, small, tiny); None if timm has none."""
-        size = re.match(r"(vit|deit3?)_(base|small)", self.name)
+        name = self.name.partition(".")[0]  # the tag says which weights, and timm may have none of that kind
+        size = re.match(r"(vit|deit3?)_(base|small)", name)
         if not size:
             return None
-        smaller = self.name.replace(size[2], {"base": "small", "small": "tiny"}[size[2]], 1)
+        smaller = name.replace(size[2], {"base": "small", "small": "tiny"}[size[2]], 1)
         return replace(self, name=smaller) if smaller in ALIASES or timm.is_model(smaller) else None
 
 
@@ -89,6 +90,12 @@ def check_known(name):
     if name not in ALIASES and not timm.is_model(name):
         close = nearest(name, [*ALIASES, *timm.list_models()])
         raise ModelError(f"{name}: neither one of {', '.join(ALIASES)} nor a name of timm's{close}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:  # the name is known, and not the tag
+        architecture = name.partition(".")[0]
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or f"{architecture}, without a tag"
+        raise ModelError(f"{name}: timm knows no such weights; it has {tags}") from None
 
 
 def _check_supported(model, name):
