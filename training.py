@@ -156,10 +156,9 @@ class TrainingRun:
             print_once(f"going on from epoch {self.epoch}, update {self.updates}: {self.resumed}")
             if self.args.resume != "auto" and utils.is_main():
                 self._give_up_what_is_later()
-            if self.max_accuracy and not (output / BEST_NAME).exists():
-                print_once(
-                    f"note: {output} gets a {BEST_NAME} when {self.max_accuracy:.2f}, the best so far, is beaten"
-                )
+            best = self.max_accuracy
+            if best and not (output / BEST_NAME).exists():
+                print_once(f"note: {output} gets a {BEST_NAME} when {best:.2f}, the best so far, is beaten")
         if self.args.tensorboard and utils.is_main():
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by others
 

@@ -114,7 +114,8 @@ def test_every_training_option_at_once_resumes_to_the_bit(chain, tmp_path):
     )
     output = run(f"main_train.py {options} --output-dir {tmp_path}/whole")
     assert f"sub-networks of {table} from the start" in output
-    run(f"main_train.py {options} --resume {tmp_path}/whole/checkpoint_0.pth --output-dir {tmp_path}/part")
+    output = run(f"main_train.py {options} --resume {tmp_path}/whole/checkpoint_0.pth --output-dir {tmp_path}/part")
+    assert f"note: {tmp_path}/part gets a best_checkpoint.pth when " in output
     whole, part = (read_checkpoint(tmp_path / name / "checkpoint_1.pth") for name in ("whole", "part"))
     del whole["args"], part["args"]
     assert_equal(whole, part, "checkpoint_1.pth")
