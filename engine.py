@@ -27,12 +27,13 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
     """One epoch of ``run`` (TrainingRun), or what is left of it.
 
     All randomness comes from (seed, global step, rank), so that a resumed run repeats an uninterrupted one. An update
-    sums ``--accum-iter`` batches through the same sub-networks, as if they were one batch.
+    sums ``--accum-iter`` batches, as if they were one batch if they go through the same sub-networks.
 
     Args:
         loader: batches of this rank, from where the epoch stands.
         teacher: Distillation or None.
-        draw: function of the global step that returns the sub-networks it trains, a list of Widths.
+        draw: function of the global step and the number of the batch in its update, which returns the sub-networks
+            that the batch trains, a list of Widths.
     Returns {'train_loss': mean over ranks, 'train_lr': last rate, 'images_per_s': of all ranks}, and 'train_skipped'
     updates if there are any. All ranks together raise FloatingPointError on a non-finite loss before the optimiser sees
     it, and utils.Interrupted after a signal.
@@ -45,10 +46,10 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
     batches = iter(utils.progress(loader, f"epoch {epoch}", run.updates * args.accum_iter, together))
     for index in range(run.updates, run.updates_per_epoch):
         step, loss = epoch * run.updates_per_epoch + index, 0.0
-        subnets = draw(step) if draw else [None]
         run.optimizer.zero_grad()
         for micro in range(args.accum_iter):
             images, labels, _ = next(batches)
+            subnets = draw(step, micro) if draw else [None]
             utils.seed_all(args.seed, step * args.accum_iter + micro, utils.rank())
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             if mixup:

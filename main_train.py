@@ -84,7 +84,8 @@ def main(args):
 def drawn_macs(run, dropout, epoch):
     """MACs of every sub-network that this rank has trained in ``epoch``, a tensor."""
     steps = range(epoch * run.updates_per_epoch, (epoch + 1) * run.updates_per_epoch)
-    return torch.tensor([dropout.costs.macs(widths) for step in steps for widths in dropout.draw(step)])
+    draws = [dropout.draw(step, batch) for step in steps for batch in range(run.args.accum_iter)]
+    return torch.tensor([dropout.costs.macs(widths) for subnets in draws for widths in subnets])
 
 
 def evaluate_ends(run, table, loader):
@@ -168,7 +169,7 @@ def make_dropout(args, supernet):
     """The DropoutList that the flags ask for: complete, or the full network alone, from which it grows."""
     units, costs = options.units_of(args, supernet), Costs.of(supernet)
     drawing = {"sampling": args.sampling, "always": args.always, "seed": args.seed}
-    drawing |= {"stream": (utils.rank(),) if args.subnet_per_rank else ()}
+    drawing |= {"stream": (utils.rank(),) if args.subnet_per_rank else (), "per_batch": args.subnet_per_batch}
     if args.mask_table:
         table = WidthTable.load(args.mask_table)
         table.check_fits(costs, args.mask_table)

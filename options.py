@@ -265,7 +265,15 @@ def add_piad_options(parser):
     words = "sub-networks that every training step trains beside the drawn one"
     add("--always", nargs="*", default=[], choices=["largest", "smallest"], help=words)
     add("--subnet-per-rank", action="store_true", help="each rank draws its own sub-network")
+    add("--subnet-per-batch", action="store_true", help="each batch of --accum-iter draws its own sub-network")
     add("--compile", action="store_true", help="compile attention and MLPs for the training steps")
+    parser.checks.append(check_piad)
+
+
+def check_piad(args):
+    """Raise InputError if batches are to draw for themselves and an update has one."""
+    if args.subnet_per_batch and args.accum_iter == 1:
+        raise InputError("--subnet-per-batch: an update has one batch; add --accum-iter 2, with half the --batch-size")
 
 
 # ------------------------------------------------------------------------------------------ stages 3 and 4

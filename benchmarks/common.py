@@ -160,7 +160,7 @@ def training(supernet, device, batch_size, updates, amp="none", **kwargs):
 
     def rate(widths):
         run.begin_epoch(0)
-        return train_one_epoch(run, batches, criterion, 0, mixup, draw=lambda _: [widths])["images_per_s"]
+        return train_one_epoch(run, batches, criterion, 0, mixup, draw=lambda *_: [widths])["images_per_s"]
 
     return run, rate
 

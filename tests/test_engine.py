@@ -46,7 +46,7 @@ def assert_equal(one, other, tolerance=1e-6):
 
 @pytest.mark.parametrize("clip_grad", [None, 0.1])
 def test_accumulated_batches_equal_one_large_batch(clip_grad):
-    def draw(step):
+    def draw(step, _):
         return [TINY_WIDTHS[0], TINY_WIDTHS[2 + step]]
 
     small, figures = trained(proxy_batches(32, 8), draw, accum_iter=2, clip_grad=clip_grad)
@@ -63,7 +63,18 @@ def test_several_subnetworks_of_a_step_add_the_mean_of_their_gradients():
     for widths in chosen:
         set_widths(expected, widths)
         (F.cross_entropy(expected(images), labels) / 3).backward()
-    got, _ = trained([(images, labels, positions)], lambda _: chosen)
+    got, _ = trained([(images, labels, positions)], lambda *_: chosen)
+    for name, parameter in expected.named_parameters():
+        moved = parameter.detach() - (0 if parameter.grad is None else 1e-2 * parameter.grad)
+        assert torch.allclose(got[name], moved, atol=1e-7), name
+
+
+def test_batches_of_an_update_that_go_through_their_own_subnetworks_add_the_mean_of_their_gradients():
+    batches, draws, expected = proxy_batches(16, 8), [[TINY_WIDTHS[1]], [TINY_WIDTHS[3]]], tiny_supernet()
+    for (images, labels, _), (widths,) in zip(batches, draws, strict=True):
+        set_widths(expected, widths)
+        (F.cross_entropy(expected(images), labels) / 2).backward()
+    got, _ = trained(batches, lambda _, batch: draws[batch], accum_iter=2)
     for name, parameter in expected.named_parameters():
         moved = parameter.detach() - (0 if parameter.grad is None else 1e-2 * parameter.grad)
         assert torch.allclose(got[name], moved, atol=1e-7), name
@@ -95,7 +106,7 @@ def test_in_place_targets_are_the_full_networks_and_do_not_train_it():
     (F.cross_entropy(full, labels) / 2).backward()
     set_widths(expected, chosen[1])
     (reference_loss("soft", expected(images), full.detach(), labels, 0.7, 1.0) / 2).backward()
-    got, _ = trained([(images, labels, positions)], lambda _: chosen, Distillation("inplace", 0.7, 1.0))
+    got, _ = trained([(images, labels, positions)], lambda *_: chosen, Distillation("inplace", 0.7, 1.0))
     assert_equal(got, {name: p.detach() - 1e-2 * p.grad for name, p in expected.named_parameters()})
 
 
@@ -105,7 +116,7 @@ def test_a_frozen_teacher_stays_and_sees_its_own_kind_of_images():
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1)}
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     distillation = Distillation("soft", 0.5, 1.0, teacher, datasets.between_models(student, teacher))
-    trained(proxy_batches(16, 8), lambda _: [TINY_WIDTHS[1]], distillation)
+    trained(proxy_batches(16, 8), lambda *_: [TINY_WIDTHS[1]], distillation)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert not any(p.requires_grad for p in teacher.parameters())
     args, plain = Namespace(eval_crop_ratio=0.875), Image.new("RGB", (20, 20), (40, 90, 200))
@@ -140,10 +151,10 @@ assert utils.gather({rank: "any"}) == [{r: "any"} for r in range(ranks)]
 assert utils.all_the_same("equal") and utils.all_the_same(f"rank {rank}") == (ranks == 1)
 batches = [(x[rank::ranks], y[rank::ranks], p[rank::ranks]) for x, y, p in proxy_batches(32, 8)]
 
-def together(step):
+def together(step, _):
     return [TINY_WIDTHS[0], TINY_WIDTHS[2], TINY_WIDTHS[3 + step]]
 
-def apart(step):
+def apart(step, _):
     return [TINY_WIDTHS[(3, 4)[rank]]]
 
 for name, draw, teacher in (("together", together, Distillation("inplace", 0.5, 1.0)), ("apart", apart, None)):
@@ -192,7 +203,7 @@ def test_compiled_branches_train_alike_at_any_width_from_six_graphs():
     graphs, supernet, batches = [], tiny_supernet(), proxy_batches(72, 8)
     compile_branches(supernet, lambda graph, _: graphs.append(graph) or graph)
 
-    def draw(step):
+    def draw(step, _):
         return [TINY_WIDTHS[step] if step < 6 else Widths((step, 15 - step, 2), (step, 190 - step, 20 * step))]
 
     one, figures = trained(batches, draw, model=supernet, clip_grad=1.0)

@@ -73,8 +73,8 @@ def test_the_drawn_sizes_are_those_that_were_trained():
     dropout, seen = DropoutList(units, costs, steps, Growth(), always=["largest"], seed=3), []
     run = TrainingRun(supernet, training_args(), CPU, 3)
 
-    def draw(step):
-        seen.append(dropout.draw(step))
+    def draw(step, batch):
+        seen.append(dropout.draw(step, batch))
         return seen[-1]
 
     train_one_epoch(run, proxy_batches(), nn.CrossEntropyLoss(), 1, draw=draw)

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY_WIDTHS, measured, proxy_batches, tiny_supernet
 from torch.nn import functional as F
 
-from models.piad.dropout import draw_step, grow, step_weights, target_cost
+from models.piad.dropout import DropoutList, draw_step, grow, step_weights, target_cost
 from models.piad.importance import Units, branch_removal, drop_order, sensitivity, unit_importance
 from models.vit.cost import PAPER, Costs
 from models.vit.supernet import branches, set_widths
@@ -133,6 +133,16 @@ def test_draws_are_keyed_by_seed_step_and_stream():
     assert draw_step(weights, 3, 77) == draw_step(weights, 3, 77)
     draws = {draw_step(weights, 3, 77, *stream) for stream in ((0,), (1,), (2,), (3,))}
     assert len(draws) == 4, "ranks that draw for themselves draw the same"
+
+
+@pytest.mark.parametrize("stream", [(), (1,)])
+def test_the_batches_of_an_update_draw_alike_or_each_for_itself(stream):
+    steps = [Widths((16,) * 3, (width,) * 3) for width in range(192, 92, -1)]
+    alike, apart = (DropoutList(UNITS, COSTS, steps, stream=stream, per_batch=each) for each in (False, True))
+    for step in range(5):
+        assert [alike.draw(step, batch) for batch in range(4)] == [alike.draw(step)] * 4
+        assert apart.draw(step, 0) == alike.draw(step)
+        assert len({str(apart.draw(step, batch)) for batch in range(4)}) > 2
 
 
 def test_weights_of_the_steps():

@@ -130,12 +130,15 @@ class DropoutList:
         sampling: a rule of ``step_weights``.
         always: the sizes, of 'largest' and 'smallest', that every training step trains in addition to the drawn one.
         seed, stream: the key of the draw; ranks with a ``stream`` of their own draw for themselves.
+        per_batch: every batch of an update draws for itself.
     """
 
-    def __init__(self, units, costs, steps=None, growth=None, sampling="uniform", always=(), seed=0, stream=()):
+    def __init__(
+        self, units, costs, steps=None, growth=None, sampling="uniform", always=(), seed=0, stream=(), per_batch=False
+    ):
         self.units, self.costs, self.growth = units, costs, None if steps else growth or Growth()
         self.table = WidthTable(list(steps or [units.full]))
-        self.sampling, self.always, self.key = sampling, always, (seed, stream)
+        self.sampling, self.always, self.key, self.per_batch = sampling, always, (seed, stream), per_batch
         self._weights = None
 
     @property
@@ -175,9 +178,10 @@ class DropoutList:
                 f"epoch {epoch}: the ranks grew different width tables; their data or weights must differ"
             )
 
-    def draw(self, global_step):
-        """The sub-networks that training step ``global_step`` trains: a list of Widths, the largest first."""
+    def draw(self, global_step, batch=0):
+        """The sub-networks that a batch of the update ``global_step`` trains: a list of Widths, the largest first."""
         steps, (seed, stream) = self.table.steps, self.key
+        stream = (*stream, batch) if self.per_batch and batch else stream
         if self._weights is None or len(self._weights) != len(steps):
             self._weights = step_weights(self.sampling, [self.costs.macs(widths) for widths in steps])
         always = {{"largest": 0, "smallest": self.table.last}[name] for name in self.always}
