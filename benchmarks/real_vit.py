@@ -1,9 +1,9 @@
 """A real pre-trained ViT, cut without any training: top-1, agreement with the full network, and KL to it.
 
 A linear classifier is fitted on the frozen features (scikit-learn); nothing else is trained. Every method cuts to the
-same widths: those of our width table at shares of the MACs, and the same share of all widths. What has been measured
-lies in --work, so a run that was stopped goes on, and the methods can be measured in several runs. Writes
-<output>.json, .md and .png.
+same widths: those of our width table at shares of the MACs, and the same share of all widths (others' ridge
+compensation at these alone). What has been measured lies in --work, so a run that was stopped goes on, and the methods
+can be measured in several runs; seconds are added up. Writes <output>.json, .md and .png.
 """
 
 import functools
@@ -36,7 +36,7 @@ METHODS = {
     "the same, feature objective": ("balanced", "greedy", "feature", "compensated"),
     f"ours, calibrated on {CALIBRATION_IMAGES} images": ("balanced", "greedy", "label", "calibrated"),
 }
-OURS, OTHERS = "ours, compensated", list(METHODS)[1:3]
+OURS, RIDGE, OTHERS = "ours, compensated", "Taylor order, ridge compensation", list(METHODS)[1:3]
 
 
 def get_args():
@@ -65,20 +65,28 @@ def stored(path, make):
 class Bench(common.Bench):
     def __init__(self, args, device):
         train, self.args, self.images_at_once = datasets.load_images(args, train=True), args, args.batch_size
+        self.file = args.work / "results.json"
+        self.results = json.loads(self.file.read_text()) if self.file.is_file() else {}
         spec = ModelSpec(args.model, train.num_classes, args.input_size)
         model = load_pretrained(spec, args.pretrained)[0].eval().to(device)
-        fit_classifier(model, args)
+        self.timed("features and classifier", lambda: fit_classifier(model, args))
         proxy = list(datasets.proxy_loader(train, model, args, "proxy_samples"))
         super().__init__(model, proxy, common.load_tensors(args, model, False, args.test_images), args.seed)
-        self.reference = stored(args.work / "logits.pth", lambda: self.logits(self.supernet)).log_softmax(1)
-        self.file = args.work / "results.json"
+        logits = self.timed("testing the full network", lambda: stored(args.work / "logits.pth", self.full_logits))
+        self.reference = logits.log_softmax(1)
         self.start, self.statistics = functools.cache(self.start), functools.cache(self.statistics)
-        self.results = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def full_logits(self):
+        return self.logits(self.supernet)
 
     def statistics(self, objective):
-        started, found = time.time(), super().statistics(objective)
-        self.keep(f"statistics, {objective} objective", lambda: time.time() - started)
-        return found
+        return self.timed(f"statistics, {objective} objective", lambda: super(Bench, self).statistics(objective))
+
+    def timed(self, key, make):
+        """What ``make`` returns; the result ``key`` is how long it took the first time, in seconds."""
+        started, made = time.time(), make()
+        self.keep(key, lambda: time.time() - started)
+        return made
 
     def keep(self, key, make):
         """The result ``key``, made and saved at once if it is not there."""
@@ -94,10 +102,11 @@ class Bench(common.Bench):
             if basis == "untouched":
                 return self.supernet, None
             self.statistics(objective)
-            started, (supernet, compensation) = time.time(), super(Bench, self).start(basis, order, objective)
-            self.keep(f"solving and rewriting, {basis}, {order}", lambda: time.time() - started)
+            begin = functools.partial(super(Bench, self).start, basis, order, objective)
+            supernet, compensation = self.timed(f"solving and rewriting, {basis}, {order}", begin)
             if order == "ridge":
-                compensation = measure_compensation(supernet, self.proxy, OBJECTIVES[objective])
+                measure = functools.partial(measure_compensation, supernet, self.proxy, OBJECTIVES[objective])
+                compensation = self.timed(f"statistics and solving, {RIDGE}", measure)
             return supernet, compensation
 
         return stored(self.args.work / f"{basis} {order} {objective}.pth", make)
@@ -116,22 +125,23 @@ class Bench(common.Bench):
     def scores(self, name):
         """{size: what ``score`` gives} of a method, each measured unless it has been."""
         *start, way = METHODS[name]
-        sizes = {f"{name}, {size}": widths for size, widths in self.sizes(start[-1]).items()}
-        if missing := [widths for key, widths in sizes.items() if key not in self.results]:
+        sizes = {size: w for size, w in self.sizes(start[-1]).items() if name != RIDGE or size.endswith("widths")}
+        missing = [widths for size, widths in sizes.items() if f"{name}, {size}" not in self.results]
+        if missing:
             supernet, compensation = self.start(*start)
-            batches = -(-CALIBRATION_IMAGES // self.args.batch_size)
-            started, proxy = time.time(), self.proxy[:batches] if way == "calibrated" else None
-            networks = iter(common.cut(supernet, missing, None if way == "plain" else compensation, proxy))
-            self.keep(f"cutting to {len(missing)} sizes, {name}", lambda: time.time() - started)
+            proxy = self.proxy[: -(-CALIBRATION_IMAGES // self.args.batch_size)] if way == "calibrated" else None
+            how = None if way == "plain" else compensation, proxy
+            cut = functools.partial(common.cut, supernet, missing, *how)
+            networks = iter(self.timed(f"cutting to {len(missing)} sizes, {name}", cut))
         rows = utils.progress(sizes.items(), name, unit="sizes")
-        found = [self.keep(key, lambda w=widths: self.score(next(networks), w)) for key, widths in rows]
-        return dict(zip(self.sizes(start[-1]), found, strict=True))
+        return {size: self.keep(f"{name}, {size}", lambda w=w: self.score(next(networks), w)) for size, w in rows}
 
     def score(self, subnet, widths):
-        logs = self.logits(subnet).log_softmax(1)
+        started, logs = time.time(), self.logits(subnet).log_softmax(1)
+        seconds = time.time() - started
         kl = F.kl_div(logs, self.reference, log_target=True, reduction="batchmean").item()
         same, top1 = agreement(logs, self.reference.argmax(1)), agreement(logs, self.labels)
-        return {"top1": top1, "agreement": same, "kl": kl, "widths": widths.as_dict()}
+        return {"top1": top1, "agreement": same, "kl": kl, "seconds": seconds, "widths": widths.as_dict()}
 
 
 @torch.inference_mode()
@@ -150,6 +160,10 @@ def fit_classifier(model, args):
         parameter.copy_(value)
 
 
+def cell(row):
+    return f"{row['top1']:.1f} / {row['agreement']:.1f} / {row['kl']:.2g}" if row else ""
+
+
 def claims(full, found):
     """What the figures must show, decided from the figures: lines of Markdown."""
     for size, limit in zip(list(found[OURS])[1:4], (1, 2, 8), strict=True):
@@ -157,7 +171,7 @@ def claims(full, found):
         yield common.claim(f"{size}: {-lost:+.1f} points from the full network; at most {limit} below", lost <= limit)
     for name in (name for name in OTHERS if name in found):
         worse = [size for size, row in found[name].items() if row["kl"] <= found[OURS][size]["kl"]]
-        yield common.claim(f"`{OURS}` has a lower KL than `{name}` at every size", not worse)
+        yield common.claim(f"`{OURS}` has a lower KL than `{name}` at every size of it", not worse)
 
 
 def report(bench, found, args, device):
@@ -171,26 +185,24 @@ def report(bench, found, args, device):
         "Each cell: top-1 in % / agreement with the full network in % / KL to it in nats. One network, one seed: one "
         f"image is {100 / len(bench.labels):.2f} points, so read the KL.\n"
     )
-    cells = {
-        name: [f"{row['top1']:.1f} / {row['agreement']:.1f} / {row['kl']:.2g}" for row in rows.values()]
-        for name, rows in found.items()
-    }
-    yield from common.markdown(["", *found[OURS]], [[name, *row] for name, row in cells.items()])
+    lines = [[name, *(cell(rows.get(size)) for size in found[OURS])] for name, rows in found.items()]
+    yield from common.markdown(["", *found[OURS]], lines)
     yield from ["\n## What it shows\n", *claims(full, found), "\n## Seconds\n"]
-    seconds = [[name, f"{value:.0f}"] for name, value in bench.results.items() if isinstance(value, float)]
-    yield from common.markdown(["", "s"], seconds)
+    seconds = {name: value for name, value in bench.results.items() if isinstance(value, float)}
+    for name, rows in found.items():
+        seconds[f"testing at {len(rows)} sizes, {name}"] = sum(row["seconds"] for row in rows.values())
+    seconds["all together"] = sum(seconds.values())
+    yield from common.markdown(["", "s"], [[name, f"{value:.0f}"] for name, value in seconds.items()])
 
 
 def main(args):
-    device, started, fresh = utils.start_up(args), time.time(), not args.work.exists()
+    device = utils.start_up(args)
     bench, found = Bench(args, device), {}
     for name in METHODS:
         if name in (OURS, *args.methods):
             found[name] = bench.scores(name)
-    if fresh:
-        bench.keep("all of this, in one run", lambda: time.time() - started)
     curves = {
-        of: {name: [rows[size][of] for size in list(rows)[: len(SHARES)]] for name, rows in found.items()}
+        of: {n: [row[of] for row in list(rows.values())[: len(SHARES)]] for n, rows in found.items() if n != RIDGE}
         for of in ("kl", "top1")
     }
     labels = {"kl": {"ylabel": "KL to the full network", "yscale": "log"}, "top1": {"ylabel": "top-1, %"}}
