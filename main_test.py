@@ -155,8 +155,7 @@ def test_all(loaded, test, args, device, saved):
     rows = []
     for start in range(0, len(asked), TOGETHER):
         part = slice(start, start + TOGETHER)
-        sizes = [choice.widths for choice in choices[part]]
-        subnets = [subnet.to(device) for subnet in options.cut(loaded, sizes, args, device)]
+        subnets = options.cut(loaded, [choice.widths for choice in choices[part]], args, device)
         tested = zip(asked[part], choices[part], folders[part], subnets, test(subnets, device), strict=True)
         for budget, choice, folder, subnet, figures in tested:
             about = {"asked": str(budget), "step": choice.step, "finer": choice.finer, "latency_ms": choice.latency_ms}

@@ -12,7 +12,7 @@ from engine import evaluate_all, mixup_and_criterion, train_one_epoch
 from models.piad.distillation import Distillation, load_teacher
 from models.piad.dropout import DropoutList, Growth
 from models.piad.width_table import TABLE_NAME, WidthTable
-from models.subnet.store import WEIGHTS_NAME, newest_checkpoint
+from models.subnet.store import WEIGHTS_NAME, began_from, newest_checkpoint
 from models.vit.cost import Costs
 from models.vit.pretrained import ModelSpec, classes_of, load_weights, read_checkpoint
 from models.vit.supernet import as_supernet, compile_branches
@@ -52,7 +52,7 @@ def main(args):
     checkpoint, content = run.resume(output)
     if checkpoint:
         restore_table(dropout, content, checkpoint, args)
-        weights = content.get("compensation")
+        weights = began_from(content)
         check_teacher(taught, content, checkpoint)
     weights = use_compensation(run, dropout, checkpoint, weights, output)
     print_once(
@@ -127,9 +127,7 @@ def build(args, device):
     teacher = make_teacher(args, model, remarks)
     if teacher and teacher.network:
         teacher.network.to(device)
-    # Trained weights go with the compensation of those that their training began from.
-    began = content.get("compensation") if isinstance(content.get("compensation"), str) else weights
-    return as_supernet(model).to(device), spec, images, teacher, began
+    return as_supernet(model).to(device), spec, images, teacher, began_from(content) or weights
 
 
 def make_teacher(args, model, remarks):

@@ -407,10 +407,9 @@ def is_file(args):
 
 
 def cut(loaded, sizes, args, device):
-    """The sub-networks of several Widths, calibrated on training images if ``--calibrate`` asks for it."""
-    subnets = [loaded.cut(widths) for widths in sizes]
-    if not args.calibrate:
-        return subnets
-    batches = datasets.proxy_loader(datasets.load_images(args, train=True), loaded.supernet, args, "calibrate")
-    moved = [network.to(device) for network in (loaded.supernet, *subnets)]
-    return calibrate(moved[1:], moved[0], list(batches), OBJECTIVES["feature"])
+    """Sub-networks of several Widths on ``device``, calibrated on training images if ``--calibrate`` asks for it."""
+    subnets = [loaded.cut(widths).to(device) for widths in sizes]
+    if args.calibrate:
+        batches = datasets.proxy_loader(datasets.load_images(args, train=True), loaded.supernet, args, "calibrate")
+        calibrate(subnets, loaded.supernet.to(device), list(batches), OBJECTIVES["feature"])
+    return subnets

@@ -72,12 +72,10 @@ class Bench(common.Bench):
         self.timed("features and classifier", lambda: fit_classifier(model, args))
         proxy = list(datasets.proxy_loader(train, model, args, "proxy_samples"))
         super().__init__(model, proxy, common.load_tensors(args, model, False, args.test_images), args.seed)
-        logits = self.timed("testing the full network", lambda: stored(args.work / "logits.pth", self.full_logits))
+        full = functools.partial(self.logits, self.supernet)
+        logits = self.timed("testing the full network", lambda: stored(args.work / "logits.pth", full))
         self.reference = logits.log_softmax(1)
         self.start, self.statistics = functools.cache(self.start), functools.cache(self.statistics)
-
-    def full_logits(self):
-        return self.logits(self.supernet)
 
     def statistics(self, objective):
         return self.timed(f"statistics, {objective} objective", lambda: super(Bench, self).statistics(objective))

@@ -125,6 +125,13 @@ def newest_checkpoint(folder):
     )
 
 
+def began_from(content):
+    """The digest of the weights that the training of a checkpoint's ``content`` began from, whose compensation goes
+    with the trained weights; None if it trained plain slices."""
+    named = content.get("compensation")
+    return named if isinstance(named, str) else None
+
+
 def load_supernet(
     path, *, model=None, input_size=None, mask_table=None, use_ema=False, compensation=None, compensate=None, **kwargs
 ):
@@ -168,8 +175,7 @@ def load_supernet(
     costs = Costs.of(as_supernet(supernet))
     table.check_fits(costs, table_path)
     file = Path(compensation or path.parent / COMPENSATION_NAME)
-    # Trained weights go with the compensation of those that their training began from.
-    began = content.get("compensation") if isinstance(content.get("compensation"), str) else None
+    began = began_from(content)
     if compensate is None:
         compensate = bool(compensation or began) or file.is_file()
     known = load_compensation(file, supernet, began or weights) if compensate else None
