@@ -155,8 +155,10 @@ def training(supernet, device, batch_size, updates, amp="none", **kwargs):
     args = main_train.get_args(["--batch-size", str(batch_size), "--amp", amp])
     run = TrainingRun(supernet.to(device), args, device, updates, **kwargs)
     mixup, criterion = mixup_and_criterion(args, supernet.num_classes)
-    labels = torch.arange(batch_size) % supernet.num_classes
-    batches = [(torch.randn(batch_size, *image_shape(supernet)), labels, None)] * updates
+    tensors = torch.randn(batch_size, *image_shape(supernet)), torch.arange(batch_size) % supernet.num_classes
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]  # as the loader does
+    batches = [(*tensors, None)] * updates
 
     def rate(widths):
         run.begin_epoch(0)
@@ -199,10 +201,14 @@ def claim(text, holds):
     return f"- {text}: {'yes' if holds else 'no'}"
 
 
+def table_row(words):
+    """A line of a Markdown table."""
+    return "".join(f"| {word} ".replace("  ", " ") for word in words) + "|"
+
+
 def markdown(head, rows):
     """The lines of a Markdown table."""
-    first, *others = ("".join(f"| {word} ".replace("  ", " ") for word in row) + "|" for row in (head, *rows))
-    return [first, "|---" * len(head) + "|", *others]
+    return [table_row(head), "|---" * len(head) + "|", *map(table_row, rows)]
 
 
 def write(output, results, lines, title, charts):

@@ -46,7 +46,7 @@ BATCH, BATCHES_PER_EPOCH = 128, 94  # the list grows, and the rate falls, after 
 GROWTH = 35  # the list grows over the first so many per cent of the compute
 RECIPE = "--opt adamw --unscale-lr --drop-path 0 --smoothing 0.1 --mixup 0 --cutmix 0 --no-model-ema --amp none"
 
-# name -> (basis and order of the start, how it is trained, options of DropoutList and 'teacher')
+# name -> (basis and order of the start, how it is trained, options of DropoutList, 'teacher', 'draws' an update)
 MAIN = {
     "no training, plain": ("balanced", None, {}), "no training, compensated": ("balanced greedy", None, {}),
     "original network, trained on": ("taylor", "full", {}), "uniform channel dropout": ("random", "uniform", {}),
@@ -67,7 +67,10 @@ OPTIONS = {
     "compensated slices, Taylor order": ("balanced taylor", "compensated", {}),
     "compensated, sampling by compute": ("balanced greedy", "compensated", {"sampling": "compute"}),
     "two draws an update, by compute": ("balanced greedy", "compensated", {"sampling": "compute", "per_batch": True}),
-}
+    "eight draws an update, by compute": (
+        "balanced greedy", "compensated", {"sampling": "compute", "per_batch": True, "draws": 8},
+    ),
+}  # fmt: skip
 CEILINGS = {f"ceiling, {share:.2f}": ("balanced greedy", "ceiling", {"share": share}) for share in SHARES[3:]}
 # Trained by itself for as many updates as the default has, which is less compute.
 CEILINGS |= {
@@ -226,11 +229,13 @@ def even_table(bench):
     return WidthTable([Widths((heads * attn,) * depth, (hidden * mlp,) * depth) for heads, hidden in kept])
 
 
-def train(bench, network, dropout, lr, passes, teacher=None):
-    """Train until what ``passes`` over the training set through the full network cost is spent. Returns MACs spent."""
+def train(bench, network, dropout, lr, passes, teacher=None, draws=1):
+    """Train until what ``passes`` over the training set through the full network cost is spent. Returns MACs spent.
+
+    draws: parts of a batch, each with sub-networks of its own.
+    """
     parser, full = stage_parser(__doc__), bench.costs.macs(bench.full)
     add_training_options(parser, epochs=100, lr=lr, min_lr=1e-5, warmup_epochs=0)
-    draws = 1 + dropout.per_batch  # an update
     sizes = f"--batch-size {BATCH // draws} --accum-iter {draws}"
     args = parser.parse_args(f"{RECIPE} {sizes} --seed {bench.seed}".split())
     run, (_, criterion) = TrainingRun(network, args, CPU, BATCHES_PER_EPOCH * draws), mixup_and_criterion(args, None)
@@ -260,6 +265,7 @@ def measure(args, seed, name):
     """One variant on one seed: {'top1': per share, 'macs': obtained, 'spent': MACs, 'seconds': ...}."""
     bench, (start, how, options) = Bench(args, seed), VARIANTS[name]
     options, handles, started = dict(options), (), time.perf_counter()
+    draws = options.pop("draws", 1 + options.get("per_batch", False))
     supernet, compensation = bench.start(*start.split())
     if how == "ceiling":
         return ceiling(bench, supernet, compensation, args, **options)
@@ -273,7 +279,7 @@ def measure(args, seed, name):
     if how in ("uniform", "weighted"):
         handles = dropout.mask(supernet, bench.proxy, how == "weighted")
     with hooks(handles):
-        spent = train(bench, supernet, dropout, args.lr, args.passes, teacher) if how else 0.0
+        spent = train(bench, supernet, dropout, args.lr, args.passes, teacher, draws) if how else 0.0
     table, known = dropout.table, compensation if how == "compensated" or (not how and "greedy" in start) else None
     if how in classes:
         table = layer_table(bench, supernet) if how == "layers" else even_table(bench)

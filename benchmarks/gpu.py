@@ -1,6 +1,7 @@
-"""What a GPU makes of this code: stage 1 in bf16 and fp32, training steps eager and compiled, which widths extracted
-networks are fast at, the attention kernel that PyTorch takes, and what one NCCL rank costs. Random weights and images.
-Writes Markdown tables to --output. Without a GPU it runs its smallest case, prints the tables and writes nothing."""
+"""What a GPU makes of this code: stage 1 in bf16 and fp32, training steps eager and compiled, plain and compensated,
+which widths extracted networks are fast at, the attention kernel that PyTorch takes, and what one NCCL rank costs.
+Random weights and images. Writes Markdown tables to --output. Without a GPU it runs its smallest case, prints the
+tables and writes nothing."""
 
 import copy
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import utils
 from models.subnet import latency
 from models.vit.supernet import compile_branches, current_widths
 from models.vit.widths import Widths
+from models.wpac.compensation import attach, measure_compensation
 from models.wpac.density import densities
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES, collect_statistics
@@ -26,15 +28,15 @@ BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 @dataclass(frozen=True)
 class Case:
-    """models: for stage 1 and the steps; subject: the network that is cut; images: a proxy set; amps: to train in;
-    compiler and ranks: the backends of torch.compile and torch.distributed."""
+    """models: for stage 1 and the steps; subject: the network of the other parts; images: a proxy set; amps: to train
+    in; compiler and ranks: the backends of torch.compile and torch.distributed."""
 
     models: tuple[str, ...] = ("vit_tiny", "vit_small", "vit_base")
     subject: str = "vit_small"
     images: int = 1024
     batch_size: int = 128
-    updates: int = 20
-    rounds: int = 5
+    updates: int = 5
+    rounds: int = 3
     shares: tuple[float, ...] = (1, 2 / 3, 1 / 2, 1 / 3, 1 / 6)
     amps: tuple[str, ...] = ("bf16", "fp16")
     compiler: str = "inductor"
@@ -60,55 +62,71 @@ def stage1(case, device):
     The last is the largest difference, over heads and MLPs, of the share of the expected loss, measured in fp32, that
     the first half of the dimensions hold.
     """
-    rows = []
+    yield ["", "autocast", "s to measure", "s to solve", "MB", "difference of the shares held"]
     for name in case.models:
         original = common.random_supernet(name).to(device)
         batches = common.random_batches(original, case.images, 64)
         reference, held = None, {}
         for amp in ("none", "bf16"):
             supernet = copy.deepcopy(original)
-            measure = partial(collect_statistics, supernet, batches, OBJECTIVES["label"], hidden=True, amp=amp)
-            measure()  # the first pass warms up
-            sums, seconds, peak = with_peak(device, measure)
+            measure = partial(collect_statistics, supernet, objective=OBJECTIVES["label"], hidden=True, amp=amp)
+            measure(batches[:1])  # to warm up
+            sums, seconds, peak = with_peak(device, partial(measure, batches))
             rewrites, solving, _ = with_peak(device, partial(reparameterise, supernet, sums, "balanced", "greedy"))
             reference = reference or sums
             after = [after for _, after in densities(supernet, reference, rewrites).values()]
             held[amp] = torch.cat([curve[:, curve.shape[1] // 2] for curve in after])
             lost = (held["none"] - held[amp]).abs().max().item()
-            rows.append([name, amp, f"{seconds:.2f}", f"{solving:.2f}", peak, f"{lost:.1e}"])
-    return ["", "autocast", "s to measure", "s to solve", "MB", "difference of the shares held"], rows
+            yield [name, amp, f"{seconds:.2f}", f"{solving:.2f}", peak, f"{lost:.1e}"]
+
+
+def compensated(supernet, count):
+    """Let a super-network train compensated slices, measured on ``count`` random images."""
+    batches = common.random_batches(supernet, count, count)
+    attach(supernet, measure_compensation(supernet, batches, OBJECTIVES["label"]))
 
 
 def variants(case):
-    """(words, autocast, change of the TrainingRun) of each way to run a step."""
-
-    def compiled(run):
-        compile_branches(run.model, case.compiler)
-
-    def channels_last(run):
-        run.model.to(memory_format=torch.channels_last)  # the patch embedding is the one convolution
-
-    yield "eager, fp32", "none", lambda run: None
-    for amp in case.amps:
-        yield f"eager, {amp}", amp, lambda run: None
-        yield f"compiled, {amp}", amp, compiled
-    yield f"eager, {case.amps[0]}, channels last", case.amps[0], channels_last
+    """(words, autocast, change of the super-network) of each way to run a step; slices are plain if nothing is said."""
+    main = case.amps[0]
+    for amp in ("none", *case.amps):
+        yield "fp32" if amp == "none" else amp, amp, lambda supernet: None
+    # The patch embedding is the one convolution.
+    yield f"{main}, channels last", main, lambda supernet: supernet.to(memory_format=torch.channels_last)
+    yield f"{main}, compensated slices (the default)", main, partial(compensated, count=case.batch_size)
 
 
 def steps(case, device):
     """Rows: images/s of stage 2's steps at shares of the MACs, and the peak memory of all of them."""
-    rows = []
+    yield ["", "", *(f"{share:.2f} of the MACs" for share in case.shares), "MB"]
     for name in case.models:
-        _, costs, table = common.random_table(name)
+        original, costs, table = common.random_table(name)
         many = common.at_shares(table, costs, case.shares)
         for words, amp, change in variants(case):
-            torch.compiler.reset()
-            run, rate = common.training(common.random_supernet(name), device, case.batch_size, case.updates, amp)
-            change(run)
+            supernet = copy.deepcopy(original).to(device)
+            _, rate = common.training(supernet, device, case.batch_size, case.updates, amp)
+            change(supernet)
             works = [partial(rate, widths) for widths in many]
             rates, _, peak = with_peak(device, partial(common.in_turns, works, case.rounds))
-            rows.append([name, words, *(f"{rate:.0f}" for rate in rates), peak])
-    return ["", "", *(f"{share:.2f} of the MACs" for share in case.shares), "MB"], rows
+            yield [name, words, *(f"{rate:.0f}" for rate in rates), peak]
+
+
+def compiled_steps(case, device):
+    """Rows: images/s of steps of compensated slices, eager and compiled, smallest first, and the seconds until that
+    compiled step had run for the first time."""
+    yield [case.subject, "eager, images/s", "compiled, images/s", "s to the first compiled step"]
+    original, costs, table = common.random_table(case.subject)
+    rates = []
+    for change in (lambda supernet: None, partial(compile_branches, backend=case.compiler)):
+        supernet = copy.deepcopy(original).to(device)
+        compensated(supernet, case.batch_size)
+        rates.append(common.training(supernet, device, case.batch_size, case.updates, case.amps[0])[1])
+        change(supernet)
+    for share, widths in zip(case.shares[::-1], common.at_shares(table, costs, case.shares[::-1]), strict=True):
+        eager, compiled = (partial(rate, widths) for rate in rates)
+        _, seconds, _ = with_peak(device, compiled)
+        both = common.in_turns([eager, compiled], case.rounds)
+        yield [f"{share:.2f} of the MACs", *(f"{rate:.0f}" for rate in both), f"{seconds:.1f}"]
 
 
 def shapes(case, device):
@@ -122,17 +140,17 @@ def shapes(case, device):
     many["uniform, half of each width"] = common.scaled(costs.full, 0.5, 0.5)
     (many["ragged, as a table has it"],) = common.at_shares(table, costs, [0.5])
     conditions = latency.Conditions.of(supernet, device, case.batch_size, case.amps[0])
+    yield [str(conditions), "share of the MACs", "images/s", "TMAC/s"]
     networks = [network.to(device) for network in common.cut(supernet, many.values())]
-    rows = []
     for (name, widths), ms in zip(many.items(), latency.measure(networks, device, conditions), strict=True):
         rate, macs = 1e3 * case.batch_size / ms, costs.macs(widths)
-        rows.append([name, f"{macs / costs.macs(costs.full):.3f}", f"{rate:.0f}", f"{rate * macs / 1e12:.2f}"])
-    return [str(conditions), "share of the MACs", "images/s", "TMAC/s"], rows
+        yield [name, f"{macs / costs.macs(costs.full):.3f}", f"{rate:.0f}", f"{rate * macs / 1e12:.2f}"]
 
 
 def attention(case, device):
     """Rows: which of PyTorch's kernels computes attention at each head width, and milliseconds of those that can."""
-    supernet, rows = common.random_supernet(case.subject), []
+    yield ["head width", "chosen", *(f"{backend.name}, ms" for backend in BACKENDS)]
+    supernet = common.random_supernet(case.subject)
     heads, tokens = supernet.blocks[0].attn.num_heads, supernet.pos_embed.shape[1]
     for width in range(8, current_widths(supernet).attn[0] + 1, 8):
         q, k, v = torch.randn(3, case.batch_size, heads, tokens, width, device=device, dtype=torch.bfloat16)
@@ -150,13 +168,12 @@ def attention(case, device):
                 found.append(f"{ms:.3f}")
             except RuntimeError:  # this kernel does not take these shapes here
                 found.append("-")
-        rows.append([width, SDPBackend(torch._fused_sdp_choice(q, k, v)).name, *found])
-    return ["head width", "chosen", *(f"{backend.name}, ms" for backend in BACKENDS)], rows
+        yield [width, SDPBackend(torch._fused_sdp_choice(q, k, v)).name, *found]
 
 
 def ranks(case, device):
     """Rows: images/s of steps at full and at a quarter of all widths, without ranks, with one, and without again."""
-    rows = []
+    yield [f"ranks ({case.ranks})", "full widths, images/s", "a quarter, images/s"]
     ways = {"none": None, "one": {}, "one, find_unused": {"find_unused": True}, "none, again": None}
     for words, options in ways.items():
         if options is not None:
@@ -167,12 +184,11 @@ def ranks(case, device):
         rates = common.in_turns([partial(rate, common.scaled(full, s, s)) for s in (1, 1 / 4)], case.rounds)
         if options is not None:
             dist.destroy_process_group()
-        rows.append([words, *(f"{rate:.0f}" for rate in rates)])
-    return [f"ranks ({case.ranks})", "full widths, images/s", "a quarter, images/s"], rows
+        yield [words, *(f"{rate:.0f}" for rate in rates)]
 
 
 PARTS = {"Stage 1": stage1, "Training steps, images/s": steps, "Extracted networks": shapes}
-PARTS |= {"Attention kernels": attention, "One rank against none": ranks}
+PARTS |= {"Attention kernels": attention, "One rank against none": ranks, "Compiled steps": compiled_steps}
 
 
 def main(args):
@@ -182,14 +198,15 @@ def main(args):
         torch.cuda.set_device(device)
     about = f"`python benchmarks/gpu.py` on {utils.machine_name(device)}, torch {torch.__version__}, random weights"
     lines = ["# On a GPU", "", f"{about}; batches of {case.batch_size}, {case.images} images for stage 1."]
+    print("\n".join(lines))
     for title, measure in PARTS.items():
         utils.seed_all(0)
-        part = ["", f"## {title}", "", *common.markdown(*measure(case, device))]
-        print("\n".join(part), flush=True)
-        lines += part
-    if device.type == "cuda":
-        utils.save_text("\n".join(lines) + "\n", Path(args.output))
-        print(f"wrote {args.output}")
+        for index, row in enumerate(measure(case, device)):
+            more = [common.table_row(row)] if index else ["", f"## {title}", "", *common.markdown(row, [])]
+            print("\n".join(more), flush=True)
+            lines += more
+            if device.type == "cuda":  # after every row: what has been measured is kept if it is stopped
+                utils.save_text("\n".join(lines) + "\n", Path(args.output))
 
 
 if __name__ == "__main__":

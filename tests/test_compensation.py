@@ -10,7 +10,15 @@ from models.vit.supernet import branches, full_widths, hooks
 from models.vit.widths import Widths
 from models.wpac.bases import SHRINKAGES, choose_shrinkage, factorise, greedy_order, shrunk
 from models.wpac.calibration import calibrate
-from models.wpac.compensation import compensate, fold, load_compensation, save_compensation, through_norm, unit_errors
+from models.wpac.compensation import (
+    compensate,
+    fold,
+    inverse_of,
+    load_compensation,
+    save_compensation,
+    through_norm,
+    unit_errors,
+)
 from models.wpac.statistics import OBJECTIVES
 
 
@@ -43,6 +51,8 @@ def test_compensation_is_weighted_least_squares_and_leaves_the_sum_of_the_unit_e
     # The ridge, 1e-5 of the mean variance, is all that separates the two.
     assert torch.allclose(new, solution[:-1].mT, rtol=0, atol=1e-2)
     assert torch.allclose(new_bias, solution[-1], rtol=0, atol=1e-2)
+    for tensor, other in zip((new, new_bias), fold(weight, bias, factor, mean, kept, inverse_of(factor)), strict=True):
+        assert torch.allclose(tensor, other, rtol=0, atol=1e-9)
     lost = output - (a[:, :kept] @ new.mT + new_bias)
     left = (w * ((lost @ gram) * lost).sum(1)).sum()
     assert unit_errors(weight, factor, gram)[kept:].sum() == pytest.approx(left.item(), rel=1e-3)

@@ -25,6 +25,7 @@ def get_args(argv=None):
     parser.add_argument("--use-ema", action="store_true", help="measure the averaged weights")
     words = f"file to write (default: {COMPENSATION_NAME} beside the checkpoint)"
     parser.add_argument("--output", type=Path, help=words)
+    parser.set_defaults(amp="none")  # as stage 1
     return parser.parse_args(argv)
 
 

@@ -42,13 +42,14 @@ class Compensation:
     (without what a norm over the hidden units adds to it).
     output_mean: [D], mean output of the branch before LayerScale, and after a norm that follows the branch.
     factor, input_mean: [n, n] lower triangular F and [n] mu of the input of the last Linear, n = H d in the order
-    (d H), or M.
+    (d H), or M. inverse: F^-1, once it is needed; it is not saved.
     """
 
     errors: torch.Tensor
     output_mean: torch.Tensor
     factor: torch.Tensor
     input_mean: torch.Tensor
+    inverse: torch.Tensor | None = None
 
     @classmethod
     def of(cls, branch, sums, rewrite):
@@ -123,14 +124,22 @@ def unit_errors(weight, factor, gram):
     return (carried * (gram @ carried)).sum(0).clamp(min=0)
 
 
-def fold(weight, bias, factor, mean, kept):
-    """The last Linear with ``kept`` inputs and the prediction of the dropped ones folded in: (W' [D, kept], b' [D])."""
+def fold(weight, bias, factor, mean, kept, inverse=None):
+    """The last Linear with ``kept`` inputs and the prediction of the dropped ones folded in: (W' [D, kept], b' [D]).
+
+    inverse: F^-1, whose leading part is the inverse of the leading part of F. With it nothing is solved, which takes a
+    GPU far longer than products do.
+    """
     if kept == weight.shape[1]:
         return weight, bias
-    dropped = weight[:, kept:] @ factor[kept:, :kept]
-    folded = torch.linalg.solve_triangular(factor[:kept, :kept], dropped, upper=False, left=False)
-    new = weight[:, :kept] + folded
-    return new, bias + weight @ mean - new @ mean[:kept]
+    if inverse is None:
+        dropped = weight[:, kept:] @ factor[kept:, :kept]
+        folded = torch.linalg.solve_triangular(factor[:kept, :kept], dropped, upper=False, left=False)
+        new = weight[:, :kept] + folded
+        return new, bias + weight @ mean - new @ mean[:kept]
+    first, dropped = weight.split((kept, weight.shape[1] - kept), 1)
+    predict = factor[kept:, :kept] @ inverse[:kept, :kept]  # x[kept:] is about mu[kept:] + predict (x - mu)[:kept]
+    return torch.addmm(first, dropped, predict), torch.addmv(bias, dropped, mean[kept:] - predict @ mean[:kept])
 
 
 @torch.no_grad()
@@ -161,23 +170,31 @@ def compensate(subnet, supernet, compensation):
     return subnet
 
 
+def inverse_of(factor):
+    """F^-1 for lower triangular F [n, n], as precise as F."""
+    identity = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
+    return torch.linalg.solve_triangular(factor.double(), identity, upper=False).to(factor)
+
+
 class Folding:
     """Makes the last Linear of one branch, at any width below its own, of the full one (docs/method.md, 2).
 
-    heads: groups of columns that are cut alike. factor, mean: F and mu of the Compensation, in the precision in which
-    is folded. norm: the LayerNorm over the hidden units, if there is one.
+    heads: groups of columns that are cut alike. factor, mean, inverse: F, mu and maybe F^-1 of the Compensation, in the
+    precision in which is folded. norm: the LayerNorm over the hidden units, if there is one.
     """
 
-    def __init__(self, branch, factor, mean):
+    def __init__(self, branch, factor, mean, inverse):
         self.heads, self.factor, self.mean = getattr(branch.part, "heads", 1), factor, mean
+        self.inverse = inverse
         self.norm = next((module for layer, module in branch.layers if layer.name == "norm"), None)
 
     @classmethod
-    def of(cls, branch, known, dtype):
+    def of(cls, branch, known, dtype, inverse=None):
         """None if the branch cannot be compensated."""
         if not branch.part.can(Transform.COMPENSATION):
             return None
-        return cls(branch, *(t.to(branch.output.weight.device, dtype) for t in (known.factor, known.input_mean)))
+        tensors = known.factor, known.input_mean, inverse
+        return cls(branch, *(t if t is None else t.to(branch.output.weight.device, dtype) for t in tensors))
 
     def __deepcopy__(self, memo):
         copied = copy.copy(self)  # what never changes is shared, as by the averaged weights
@@ -189,7 +206,7 @@ class Folding:
         n, factor, mean = kept * self.heads, self.factor, self.mean
         with torch.autocast(factor.device.type, enabled=False):
             full = _dimension_first(last.weight, self.heads).to(factor)
-            weight, bias = fold(full, last.bias.to(factor), factor, mean, n)
+            weight, bias = fold(full, last.bias.to(factor), factor, mean, n, self.inverse)
             if self.norm is not None:
                 affine = (parameter[:n].to(factor) for parameter in (self.norm.weight, self.norm.bias))
                 weight, bias = through_norm(weight, bias, factor[:n, :n], mean[:n], *affine)
@@ -205,7 +222,10 @@ def attach(supernet, compensation):
             # In place, so that attaching it again, or to the averaged weights too, makes no second copy on a GPU.
             device = branch.output.weight.device
             known.factor, known.input_mean = known.factor.to(device), known.input_mean.to(device)
-        branch.output.folding = Folding.of(branch, known, branch.output.weight.dtype) if known else None
+            if device.type == "cuda" and known.inverse is None:
+                known.inverse = inverse_of(known.factor)
+        dtype = branch.output.weight.dtype
+        branch.output.folding = Folding.of(branch, known, dtype, known.inverse) if known else None
 
 
 def _fold_into(cut, branch, known):
@@ -273,6 +293,7 @@ def save_compensation(compensation, supernet, path, weights):
             f"{branch}.{name}": value.float().cpu().contiguous()
             for branch, known in zip(branches(supernet), compensation, strict=True)
             for name, value in vars(known).items()
+            if name != "inverse"
         }
         with utils.atomic_file(path) as temporary:
             # Not save_file, which makes files that their owner alone can read.

@@ -6,6 +6,9 @@ import torch
 
 import utils
 
+# Rows of a block of a SymmetricSum: narrow blocks save arithmetic, wide ones launches.
+ROWS = {"cpu": 32, "cuda": 256}
+
 
 def zeros(*shape, device):
     return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -26,12 +29,11 @@ class Sums:
 class SymmetricSum(Sums):
     """Running sum of x x^T over tokens, for G groups of d dimensions, float64. Holds only blocks up to the diagonal."""
 
-    SIZE = 32
-
     def __init__(self, groups, width, device):
-        self.rows = []  # entries [start:end, :end] of the sum, for every SIZE of its rows
-        for start in range(0, width, self.SIZE):
-            end = min(start + self.SIZE, width)
+        self.rows = []  # entries [start:end, :end] of the sum, for every ``size`` of its rows
+        size = ROWS[torch.device(device).type]
+        for start in range(0, width, size):
+            end = min(start + size, width)
             self.rows.append(zeros(groups, end - start, end, device=device))
 
     def add(self, x):
