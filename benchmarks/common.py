@@ -26,7 +26,7 @@ from models.vit.supernet import as_supernet, branches
 from models.vit.widths import Widths
 from models.wpac.calibration import calibrate
 from models.wpac.compensation import compensate, compensation_of
-from models.wpac.rewrite import reparameterise
+from models.wpac.rewrite import AttentionRewrite, MlpRewrite, hidden_shrinkage, reparameterise
 from models.wpac.statistics import OBJECTIVES, collect_statistics
 from training import TrainingRun
 
@@ -93,15 +93,19 @@ class Bench:
         """What is to be cut: (rewritten copy of the super-network, its 2L Compensation).
 
         basis: of stage 1, with ``order`` for the hidden units; or one of UNROTATED, the score by which dimensions (q
-        with k, v with proj) and hidden units are sorted. For those there is no Compensation (None).
+        with k, v with proj) and hidden units are sorted. For those there is no Compensation (None) unless ``order`` is
+        'ridge'.
         """
         supernet, statistics = copy.deepcopy(self.supernet), self.statistics(objective)
         if basis not in UNROTATED:
             return supernet, compensation_of(supernet, statistics, reparameterise(supernet, statistics, basis, order))
         generator = torch.Generator().manual_seed(self.seed)
-        for branch, sums in zip(branches(supernet), statistics, strict=True):
-            _sort(branch, sums, basis, generator)
-        return supernet, None
+        rows = zip(branches(supernet), statistics, strict=True)
+        orders = [_sort(branch, sums, basis, generator) for branch, sums in rows]
+        if order != "ridge":
+            return supernet, None
+        rows = zip(branches(self.supernet), statistics, orders, strict=True)
+        return supernet, compensation_of(supernet, statistics, [_as_rewrite(*row) for row in rows])
 
     @torch.inference_mode()
     def logits(self, network):
@@ -110,8 +114,17 @@ class Bench:
         return torch.cat([network(part.to(device)).double().cpu() for part in self.images.split(self.images_at_once)])
 
 
+def _as_rewrite(branch, sums, order):
+    """What ``reparameterise`` would say of sorting ``branch``, as it was before, by ``order`` of ``_sort``."""
+    if branch.name == "mlp":
+        return MlpRewrite(order.flatten(), hidden_shrinkage(branch, sums))
+    mean = torch.zeros_like(sums.grad_z.mean)
+    return AttentionRewrite(torch.eye(branch.full).to(mean)[order[-1]], mean, mean[0])
+
+
 @torch.no_grad()
 def _sort(branch, sums, score, generator):
+    """Sort the dimensions of a branch by ``score``, in place. The order: [3, H, d] of q, k, v, or [1, 1, M]."""
     first, last = (getattr(branch.module, layer.name) for layer in branch.part.layers)
     attention, shape = branch.name == "attn", (last.layer.groups, branch.full)  # of all heads, or (1, M)
     if score == "random":
@@ -123,10 +136,11 @@ def _sort(branch, sums, score, generator):
         values = getattr(sums, score).clone().view(-1, *shape)
     if attention:
         values[:2] = values[0] * values[1] if score == "magnitude" else values[0] + values[1]
-    order = values.argsort(-1, descending=True).to(first.weight.device)  # [3, H, d] of q, k and v, or [1, 1, M]
+    order = values.argsort(-1, descending=True).to(first.weight.device)
     for rows in (parameter.view(*order.shape, -1) for parameter in first.parameters()):
         rows.copy_(rows.take_along_dim(order[..., None], 2))
     last.weight.copy_(last.weight.unflatten(1, shape).take_along_dim(order[-1:], 2).flatten(1))
+    return order
 
 
 def load_tensors(args, model, train, count=None):

@@ -20,8 +20,6 @@ from torch.nn import functional as F
 import datasets
 import utils
 from models.vit.pretrained import ModelSpec, load_pretrained
-from models.wpac.compensation import measure_compensation
-from models.wpac.statistics import OBJECTIVES
 from options import add_proxy_options, stage_parser
 
 SHARES, UNIFORM = (5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6), (3 / 4, 1 / 2, 3 / 8)
@@ -101,11 +99,7 @@ class Bench(common.Bench):
                 return self.supernet, None
             self.statistics(objective)
             begin = functools.partial(super(Bench, self).start, basis, order, objective)
-            supernet, compensation = self.timed(f"solving and rewriting, {basis}, {order}", begin)
-            if order == "ridge":
-                measure = functools.partial(measure_compensation, supernet, self.proxy, OBJECTIVES[objective])
-                compensation = self.timed(f"statistics and solving, {RIDGE}", measure)
-            return supernet, compensation
+            return self.timed(f"solving and rewriting, {basis}, {order}", begin)
 
         return stored(self.args.work / f"{basis} {order} {objective}.pth", make)
 
