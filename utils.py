@@ -396,6 +396,8 @@ def start_up(args):
     device = choose_device(args.device, "--device")
     local_rank, args.rank, args.world_size = ranks_in_environment()
     if args.world_size > 1:
+        if device.type == "cuda" and torch.cuda.device_count() == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
+            local_rank = 0  # srun shows every task its own GPU alone
         device = torch.device("cuda", local_rank) if device.type == "cuda" else device
         _check_ranks(device, local_rank, args.world_size)
         _join_ranks("nccl" if device.type == "cuda" else "gloo", args.rank, args.world_size)
@@ -576,7 +578,7 @@ def resolve_amp(amp, device):
         return amp
     if device.type == "cpu":
         return "none"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -1,16 +1,19 @@
 """Closed-form compensation against least squares, and what it must keep exactly."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import TINY_WIDTHS, measured, proxy_batches, random_images, rewritten, tiny_supernet
 from torch.nn import functional as F
 
 from models.subnet.extract import extract
-from models.vit.supernet import branches, full_widths, hooks
+from models.vit.supernet import branches, full_widths, hooks, set_widths
 from models.vit.widths import Widths
 from models.wpac.bases import SHRINKAGES, choose_shrinkage, factorise, greedy_order, shrunk
 from models.wpac.calibration import calibrate
 from models.wpac.compensation import (
+    attach,
     compensate,
     fold,
     inverse_of,
@@ -78,6 +81,9 @@ def test_compensation_through_a_norm_is_nearly_the_best_for_what_the_narrower_no
     solution = torch.linalg.lstsq(design, output * w.sqrt()[:, None], driver="gelsd").solution
     best = left(solution[:-1].mT, solution[-1])
     assert best <= left(*ours) < 1.1 * best and left(*ours) < left(*plain)
+    inverse = inverse_of(factor)[:kept, :kept]
+    others = through_norm(*plain, factor[:kept, :kept], mean[:kept], gamma[:kept], beta[:kept], inverse)
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-8) for pair in zip(ours, others, strict=True))
 
 
 def test_a_norm_that_has_lost_a_unit_gives_it_a_finite_gradient():
@@ -240,3 +246,12 @@ def test_sizes_that_are_calibrated_together_are_those_calibrated_alone():
         (alone,) = calibrate([one], supernet, batches, OBJECTIVES["feature"])
         state = network.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in alone.state_dict().items())
+
+
+def test_a_super_network_that_is_moved_takes_along_what_it_folds_with(monkeypatch):
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # there is none for this device
+    supernet = tiny_supernet()
+    attach(supernet, rewritten(supernet, measured(supernet, hidden=True)))
+    set_widths(supernet, Widths((8, 16, 4), (96, 50, 192)))
+    assert supernet.to("meta")(random_images(2).to("meta")).shape == (2, 7)
+    assert branches(supernet)[0].output.folding.factor.device.type == "meta"

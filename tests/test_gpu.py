@@ -116,7 +116,7 @@ def test_stage_2_trains_in_every_way(options, stage, start, tmp_path):
     assert log_of(tmp_path)[1]["train_loss"] < 2.0
 
 
-def test_one_nccl_rank_and_a_resumed_run_train_the_same_weights(stage, start, tmp_path):
+def test_a_run_under_torchrun_and_a_resumed_one_train_the_same_weights(stage, start, tmp_path):
     command = ["main_train.py", "--pretrained", start / "reparamed.pth", *PLAIN, "--epochs", 2]
     stage(*command, "--output-dir", tmp_path / "none")
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]

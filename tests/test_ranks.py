@@ -201,6 +201,23 @@ def test_more_ranks_than_gpus_is_one_line_on_every_rank(monkeypatch):
             utils.start_up(Namespace(device="auto", seed=0))
 
 
+def test_a_task_of_slurm_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(utils, "machine_name", lambda _: "a GPU")
+    monkeypatch.setattr(utils, "_join_ranks", lambda *_: None)
+    for name, value in ({"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a"} | STEP).items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    with pytest.raises(utils.InputError, match=r"^2 ranks on this machine, and 1 GPU\(s\) visible"):
+        utils.start_up(Namespace(device="auto", seed=0))
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert str(utils.start_up(Namespace(device="auto", seed=0))) == "cuda:0"
+
+
 def test_ctrl_c_while_ranks_start_is_no_failure_that_torchrun_restarts(tmp_path, monkeypatch, capsys):
     def pressed(_):
         raise KeyboardInterrupt

@@ -203,13 +203,17 @@ class Folding:
 
     def __call__(self, last, kept):
         """(weight [D, H kept], bias [D]) of the full Linear ``last`` at a width below its own, differentiable."""
-        n, factor, mean = kept * self.heads, self.factor, self.mean
+        if self.factor.device != last.weight.device:  # a network that is moved leaves behind what is no parameter
+            tensors = self.factor, self.mean, self.inverse
+            self.factor, self.mean, self.inverse = (t if t is None else t.to(last.weight.device) for t in tensors)
+        n, factor, mean, inverse = kept * self.heads, self.factor, self.mean, self.inverse
         with torch.autocast(factor.device.type, enabled=False):
             full = _dimension_first(last.weight, self.heads).to(factor)
-            weight, bias = fold(full, last.bias.to(factor), factor, mean, n, self.inverse)
+            weight, bias = fold(full, last.bias.to(factor), factor, mean, n, inverse)
             if self.norm is not None:
                 affine = (parameter[:n].to(factor) for parameter in (self.norm.weight, self.norm.bias))
-                weight, bias = through_norm(weight, bias, factor[:n, :n], mean[:n], *affine)
+                inverse = inverse if inverse is None else inverse[:n, :n]
+                weight, bias = through_norm(weight, bias, factor[:n, :n], mean[:n], *affine, inverse)
         return rearrange(weight, "c (d h) -> c (h d)", h=self.heads), bias
 
 
@@ -222,7 +226,9 @@ def attach(supernet, compensation):
             # In place, so that attaching it again, or to the averaged weights too, makes no second copy on a GPU.
             device = branch.output.weight.device
             known.factor, known.input_mean = known.factor.to(device), known.input_mean.to(device)
-            if device.type == "cuda" and known.inverse is None:
+            if device.type != "cuda":
+                known.inverse = None
+            elif known.inverse is None:
                 known.inverse = inverse_of(known.factor)
         dtype = branch.output.weight.dtype
         branch.output.folding = Folding.of(branch, known, dtype, known.inverse) if known else None
@@ -240,19 +246,23 @@ def _fold_into(cut, branch, known):
     cut.bias.copy_(bias)
 
 
-def through_norm(weight, bias, factor, mean, gamma, beta):
+def through_norm(weight, bias, factor, mean, gamma, beta, known_inverse=None):
     """W' [D, n], b' [D] for n inputs of the last Linear, as they leave a LayerNorm (gamma, beta) over all hidden units
     -> the same for inputs that leave a LayerNorm over these n units.
 
-    factor, mean: F and mu of these inputs x. With x^ = (x - beta) / gamma, which for every token is an affine map of
-    the hidden vector, the narrower norm returns gamma (x^ - mean_n x^) / sqrt(var_n x^) + beta. Two things follow. The
-    mean over the units is gone: of all W' with W' gamma = 0, which do not read it, the one nearest in C is taken. The
-    variance is taken as constant, with its expectation: tr(M) / n - 1^T M 1 / n^2, M the second moment of x^.
+    factor, mean: F and mu of these inputs x. known_inverse: F^-1, as in ``fold``. With x^ = (x - beta) / gamma, which
+    for every token is an affine map of the hidden vector, the narrower norm returns gamma (x^ - mean_n x^) / sqrt(var_n
+    x^) + beta. Two things follow. The mean over the units is gone: of all W' with W' gamma = 0, which do not read it,
+    the one nearest in C is taken. The variance is taken as constant, with its expectation: tr(M) / n - 1^T M 1 / n^2, M
+    the second moment of x^.
     """
     inverse = torch.where(gamma == 0, 0, 1 / torch.where(gamma == 0, 1, gamma))  # twice, for the gradient's sake
     root, center = inverse[:, None] * factor, inverse * (mean - beta)
     variance = (root.square().mean(0).sum() - root.mean(0).square().sum()) + center.var(correction=0)
-    direction = torch.cholesky_solve(gamma[:, None], factor)  # C^-1 gamma
+    if known_inverse is None:
+        direction = torch.cholesky_solve(gamma[:, None], factor)  # C^-1 gamma
+    else:
+        direction = known_inverse.mT @ (known_inverse @ gamma[:, None])
     without_mean = weight - (weight @ gamma)[:, None] * direction.T / (gamma @ direction)
     new = without_mean * variance.sqrt()
     return new, bias + (weight - without_mean) @ mean + (without_mean - new) @ beta
