@@ -1,6 +1,7 @@
 """On a GPU, what the CPU gives: TEST_GPUS=0 sh run_tests.sh tests/test_gpu.py. Skipped where there is none."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -24,22 +25,17 @@ PLAIN = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def stage():
-    """A function that runs a script with its options, in one rank of torchrun if asked for, and returns its words."""
-
-    def run(script, *options, ranks=()):
-        command = [sys.executable, *ranks, script, *DATA, *map(str, options)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
-    return run
+def stage(script, *options, launcher=()):
+    """What a script prints, in one process; ``launcher``: words before it, as of torchrun."""
+    command = [sys.executable, *launcher, script, *DATA, *map(str, options)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
-def start(stage, tmp_path_factory):
+def start(tmp_path_factory):
     """The folder of stage 1 on the GPU, after a short training there in bf16."""
     folder = tmp_path_factory.mktemp("start")
     stage("tools/pretrain.py", "--epochs", 20, *PLAIN, "--amp", "bf16", "--output-dir", folder / "pretrain")
@@ -86,13 +82,13 @@ def test_compiled_compensated_slices_train_as_eager_ones(amp):
         assert difference(*gradients) < (1e-3 if amp == torch.float32 else 0.1)
 
 
-def test_what_is_cut_on_a_gpu_is_as_good_as_on_a_cpu(stage, start, tmp_path):
+def test_what_is_cut_on_a_gpu_is_as_good_as_on_a_cpu(start, tmp_path):
     tops = []
     for device in ("cuda", "cpu"):
         words = ["--checkpoint", start, "--macs-ratio", 1, 0.5, 0.25, "--output-dir", tmp_path / device]
         stage("main_test.py", *words, "--device", device, "--amp", "none")
-        results = (tmp_path / device / "results.json").read_text()
-        tops.append([float(row.split('"top1": ')[1].split(",")[0]) for row in results.split("{") if '"top1": ' in row])
+        rows = json.loads((tmp_path / device / "results.json").read_text())["rows"]
+        tops.append([row["top1"] for row in rows])
     assert len(tops[0]) == 3 and min(tops[0]) > 50
     assert tops[0] == pytest.approx(tops[1], abs=0.7)
 
@@ -100,27 +96,18 @@ def test_what_is_cut_on_a_gpu_is_as_good_as_on_a_cpu(stage, start, tmp_path):
 @pytest.mark.parametrize(
     "options", [[], ["--amp", "fp16"], ["--compile"], ["--mask-table", "none", "--grow-epochs", 1]]
 )
-def test_stage_2_trains_in_every_way(options, stage, start, tmp_path):
-    stage(
-        "main_train.py",
-        "--pretrained",
-        start / "reparamed.pth",
-        *PLAIN,
-        "--epochs",
-        2,
-        *options,
-        "--output-dir",
-        tmp_path,
-    )
+def test_stage_2_trains_in_every_way(options, start, tmp_path):
+    command = ["main_train.py", "--pretrained", start / "reparamed.pth", *PLAIN, "--epochs", 2]
+    stage(*command, *options, "--output-dir", tmp_path)
     assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1]
     assert log_of(tmp_path)[1]["train_loss"] < 2.0
 
 
-def test_a_run_under_torchrun_and_a_resumed_one_train_the_same_weights(stage, start, tmp_path):
+def test_a_run_under_torchrun_and_a_resumed_one_train_the_same_weights(start, tmp_path):
     command = ["main_train.py", "--pretrained", start / "reparamed.pth", *PLAIN, "--epochs", 2]
     stage(*command, "--output-dir", tmp_path / "none")
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    stage(*command, "--output-dir", tmp_path / "one", ranks=ranks)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    stage(*command, "--output-dir", tmp_path / "one", launcher=launcher)
     resumed = tmp_path / "none/checkpoint_0.pth"
     stage(*command, "--output-dir", tmp_path / "again", "--resume", resumed)
     weights = [read_checkpoint(tmp_path / name / "checkpoint_1.pth")["model"] for name in ("none", "one", "again")]
