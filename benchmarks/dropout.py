@@ -106,6 +106,11 @@ def paired(left, right):
     return torch.cat((left[0], right[0]), 3), 10 * left[1] + right[1]
 
 
+def seed_folder(args, seed):
+    """Where one seed's network and results lie. Every task has a model of its own."""
+    return args.work / args.model / f"seed{seed}"
+
+
 class Bench(common.Bench):
     """The network of one seed, which is trained if it is not there yet."""
 
@@ -118,7 +123,7 @@ class Bench(common.Bench):
         order = torch.randperm(len(train_on[1]), generator=utils.keyed_generator(seed))[:1024]
         proxy = [part.split(BATCH) for part in (*(tensor[order] for tensor in train_on), order)]
         super().__init__(spec.build(), list(zip(*proxy, strict=True)), test, seed)
-        path = args.work / f"seed{seed}" / "pretrained.pth"
+        path = seed_folder(args, seed) / f"pretrained-{args.pretrain_passes:g}.pth"
         if not path.is_file():
             utils.seed_all(seed)
             supernet = as_supernet(spec.build())
@@ -309,7 +314,7 @@ def job(args, name, seed):
     """Measure a variant unless it has been, with these settings. Without a name: pre-train."""
     if not name:  # several jobs would train the same network at the same time
         return Bench(args, seed).seed
-    path = args.work / f"seed{seed}" / f"{name}.json"
+    path = seed_folder(args, seed) / f"{name}.json"
     settings = [args.model, args.data_set, args.pretrain_passes, args.passes, args.lr, *VARIANTS[name]]
     if not path.is_file() or json.loads(path.read_text())["settings"] != settings:
         utils.save_text(json.dumps(measure(args, seed, name) | {"settings": settings}), path)
@@ -382,7 +387,7 @@ def report(results, args):
     head = ["top-1 at this share of the MACs", *(f"{share:.2f}" for share in SHARES)]
     before, deviation = spread([run["pretrained"] for run in results[PLAIN]])
     minutes = sum(run["seconds"] for runs in results.values() for run in runs) / 60
-    settings = ("data_set", "model", "pretrain_passes", "passes", "lr")
+    settings = ("data_set", "model", "pretrain_passes", "passes", "lr", "output")
     changed = [f" --{n.replace('_', '-')} {getattr(args, n)}" for n in settings if getattr(args, n) != FLAGS[n]]
     changed += [] if len(results) == len(VARIANTS) else [" --variants", *(f' "{name}"' for name in results)]
     yield (

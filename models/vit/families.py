@@ -176,7 +176,7 @@ def _indivisible(module, only_v):
     return None
 
 
-_rotary_attention = partial(_attention, only_v="q and k are rotated, in pairs of their dimensions")
+_rotary_attention = partial(_attention, only_v="rotary positions, where there are any, turn pairs of their dimensions")
 _biased_attention = partial(_attention, only_v="timm's forward has one head width, which v alone can be padded to")
 _cosine_attention = partial(_attention, only_v="q and k are normalised to unit length, of all their dimensions")
 
