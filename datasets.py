@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset
+from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset, resolve_data_config
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms as T
@@ -276,15 +277,16 @@ def image_name(images, index):
 
 def train_transform(args, config):
     """DeiT's augmentation through timm. config: of ``data_config``."""
-    size = config["img_size"]
+    size = config["input_size"][1:]
     transform = create_transform(
-        input_size=size, is_training=True, scale=tuple(args.scale), hflip=args.hflip, color_jitter=args.color_jitter,
-        auto_augment=args.aa or None, interpolation="bicubic", re_prob=args.reprob, re_mode="pixel",
+        size, is_training=True, scale=tuple(args.scale), hflip=args.hflip, color_jitter=args.color_jitter,
+        auto_augment=args.aa or None, interpolation=config["interpolation"], re_prob=args.reprob, re_mode="pixel",
         mean=config["mean"], std=config["std"],
     )  # fmt: skip
-    if size <= 32:
+    if max(size) <= 32:
         # As in DeiT: images this small are shifted, not cropped to a fraction of their area.
-        shift = T.Compose([T.Resize((size, size), T.InterpolationMode.BICUBIC), T.RandomCrop(size, padding=size // 8)])
+        interpolation = str_to_interp_mode(config["interpolation"])
+        shift = T.Compose([T.Resize(size, interpolation), T.RandomCrop(size, padding=max(size) // 8)])
         transform.transforms[0] = shift
     return transform
 
@@ -297,19 +299,18 @@ def _posterize(image, bits, **_):
 NAME_TO_OP.update({name: _posterize for name, op in NAME_TO_OP.items() if op is posterize})
 
 
-def eval_transform(args, config):
-    """DeiT's evaluation transform: resize by 1 / crop ratio, crop the centre. Images of up to 32 pixels are only
-    resized."""
-    size = config["img_size"]
-    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if size <= 32 else {"crop_pct": args.eval_crop_ratio}
-    return create_transform(size, interpolation="bicubic", mean=config["mean"], std=config["std"], **crop)
+def eval_transform(config):
+    """timm's evaluation transform for a model's ``data_config``."""
+    return create_transform(**config)
 
 
 def data_config(model):
-    """Image size, mean and std of a timm model, for the transforms."""
-    cfg, embedding = model.pretrained_cfg, getattr(model, "patch_embed", None)
-    size = embedding.img_size[0] if hasattr(embedding, "img_size") else cfg["input_size"][-1]
-    return {"img_size": size, "mean": cfg["mean"], "std": cfg["std"]}
+    """How timm makes the images of a model at evaluation, for the transforms: input_size (3, h, w), mean, std,
+    interpolation, crop_pct and crop_mode. Images of up to 32 pixels are only resized."""
+    config, embedding = resolve_data_config(model=model), getattr(model, "patch_embed", None)
+    size = embedding.img_size if hasattr(embedding, "img_size") else config["input_size"][1:]
+    small = {"crop_pct": 1.0, "crop_mode": "squash"} if max(size) <= 32 else {}
+    return config | small | {"input_size": (3, *size)}
 
 
 def between_models(student, teacher):
@@ -318,8 +319,8 @@ def between_models(student, teacher):
     mean = [(m - n) / s for m, n, s in zip(other["mean"], own["mean"], own["std"], strict=True)]
     std = [s / t for s, t in zip(other["std"], own["std"], strict=True)]
     steps = []
-    if own["img_size"] != other["img_size"]:
-        steps.append(T.Resize((other["img_size"],) * 2, T.InterpolationMode.BICUBIC))
+    if own["input_size"] != other["input_size"]:
+        steps.append(T.Resize(other["input_size"][1:], T.InterpolationMode.BICUBIC))
     if (own["mean"], own["std"]) != (other["mean"], other["std"]):
         steps.append(T.Normalize(mean, std))
     return T.Compose(steps)
@@ -481,7 +482,7 @@ def train_loader(images, model, args):
 def eval_loader(images, model, args):
     """This rank's share of ``images`` in order, every image exactly once over all ranks, of ``model``'s size."""
     share = range(utils.rank(), len(images), utils.world_size())
-    transform = eval_transform(args, data_config(model))
+    transform = eval_transform(data_config(model))
     return ImageLoader(images, model, transform, args, drop_last=False, title="evaluate", sampler=share)
 
 
@@ -494,5 +495,5 @@ def proxy_loader(images, model, args, flag):
     count = utils.at_most(args, flag, len(images), f"the training set has {len(images)} images")
     order = torch.randperm(len(images), generator=utils.keyed_generator(args.seed))[:count]
     share = order[utils.rank() :: utils.world_size()].tolist()
-    transform = eval_transform(args, data_config(model))
+    transform = eval_transform(data_config(model))
     return ImageLoader(images, model, transform, args, drop_last=False, title="proxy set", sampler=share)

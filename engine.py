@@ -167,7 +167,8 @@ def probe(model, train, test, device, amp, kind):
     """``evaluate`` a network without a classifier by one that is fitted to its features of the loader ``train``.
 
     kind: 'knn', the 20 nearest by cosine, weighted by one over their distance, or 'linear', logistic regression on
-    standardised features. Returns {'probe': kind, 'top1', 'top5': per cent, 'images'}, and None for 'loss' and 'images_per_s'.
+    standardised features. Returns {'probe': kind, 'top1', 'top5': per cent, 'images'}, and None for 'loss' and
+    'images_per_s'.
     """
     # Here, because importing them takes longer than anything else that a stage starts with.
     from sklearn.linear_model import LogisticRegression

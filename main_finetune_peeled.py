@@ -34,7 +34,7 @@ def main(args):
     test = datasets.eval_loader(datasets.load_images(args, train=False), subnet, args)
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     run = TrainingRun(subnet, args, device, len(train))
-    description = subnet_config(subnet, spec, widths, loaded.costs, args.eval_crop_ratio)
+    description = subnet_config(subnet, spec, widths, loaded.costs)
     checkpoint, content = run.resume(output)
     if checkpoint and content.get("config", {}).get("widths") != description["widths"]:
         raise InputError(f"--resume {checkpoint}: it holds another sub-network than the one asked for")

@@ -109,7 +109,7 @@ def build_model(args):
         raise InputError("--nb-classes 0: without a classifier there are no logits to measure; use --objective feature")
     if args.objective == "label":
         datasets.check_classes(images, classes)
-    spec = ModelSpec(args.model, classes, args.input_size)
+    spec = ModelSpec(args.model, classes, args.input_size, args.eval_crop_ratio)
     if not args.pretrained:
         options.say_what_is_fetched(args.model, "--model")
     with utils.name_flag("--model", "--pretrained"):

@@ -74,7 +74,7 @@ def write_page(args, loaded, rows, others, flags, path):
     """flags: words of the command line that say what is cut, for the command beside every step of the table."""
     import page  # plotly is there only if wanted
 
-    given = [name for name in ("class_map", "probe", "eval_crop_ratio") if name in args.given]
+    given = [name for name in ("class_map", "probe") if name in args.given]
     testing = [*flags, *options.words_of(args, *given)]
     steps = [["--op-code", step, "--save", f"step_{step}"] for step in range(len(loaded.table.steps))]
     commands = [options.command(args, "main_test.py", *testing, *step) for step in steps]
@@ -95,7 +95,7 @@ def default_ladder(loaded):
 
 def cutting_flags(args):
     """The words of the command line that say what is cut from a super-network, and how."""
-    words = options.words_of(args, "input_size", "mask_table", "compensation", "calibrate")
+    words = options.words_of(args, "input_size", "eval_crop_ratio", "mask_table", "compensation", "calibrate")
     return words + ["--use-ema"] * args.use_ema + ["--no-compensation"] * (args.compensate is False)
 
 
@@ -182,7 +182,7 @@ def rows_of(loaded, widths, subnet, figures, test, args, about, folder):
     if folder:
         measured = {name: figures[name] for name in ("top1", "top5", "images", "probe") if figures.get(name)}
         origin = about | {"data_set": args.data_set} | measured
-        files = loaded.save(folder, widths, args.export, network=subnet, crop_ratio=args.eval_crop_ratio, origin=origin)
+        files = loaded.save(folder, widths, args.export, network=subnet, origin=origin)
         for name, difference in files.items():
             compared = (
                 "" if difference is None else f": largest difference from PyTorch {difference:.1e} of the largest logit"

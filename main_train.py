@@ -118,7 +118,7 @@ def build(args, device):
     args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path, weights)
     classes = args.nb_classes or images.num_classes or classes_of(state)
     datasets.check_classes(images, classes)
-    spec = ModelSpec(args.model, classes, args.input_size)
+    spec = ModelSpec(args.model, classes, args.input_size, args.eval_crop_ratio)
     with utils.name_flag("--model"):
         model = spec.build(drop_path_rate=args.drop_path)
     remarks = load_weights(model, state, path, replace_head=True)

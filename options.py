@@ -47,7 +47,7 @@ def stage_parser(description, classes=True):
     add("--data-path", default="data", help="folder of the data set")
     add("--data-set", default="IMNET", help=f"{', '.join(datasets.DATA_SETS)}, or timm's ImageFolder or torch/<name>")
     add("--batch-size", type=interval("[1, 65536]", int), default=64, help="images per rank and step")
-    add("--eval-crop-ratio", type=interval("[0.1, 1]"), default=0.875, help="centre crop / resized image")
+    add("--eval-crop-ratio", type=interval("[0.1, 1]"), help="centre crop / resized image (default: the model's own)")
     add("--num-workers", type=interval("[0, 1024]", int), default=10, help="data loading processes per rank")
     add("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     switch_off(add, "pin-mem", "do not pin memory for faster copies to the GPU")
@@ -94,7 +94,7 @@ def words_of(args, *names):
 
 def model_flags(args):
     """The words of the command line that name the same network to another stage."""
-    return words_of(args, "model", "input_size", "nb_classes")
+    return words_of(args, "model", "input_size", "nb_classes", "eval_crop_ratio")
 
 
 def print_command(args, script, *flags):
@@ -316,15 +316,14 @@ def load(args, **kwargs):
     names = ("model", "input_size", "mask_table", "use_ema", "compensation", "compensate")
     path = checkpoint_path(args)
     with utils.name_flag("--model"):
-        loaded = store.load_supernet(path, **{name: getattr(args, name) for name in names}, **kwargs)
+        given = {name: getattr(args, name) for name in names}
+        loaded = store.load_supernet(path, **given, crop_ratio=args.eval_crop_ratio, **kwargs)
         for budget in budgets(args) if loaded.one_size else ():
             raise utils.BudgetError(f"{budget}: {path} is one sub-network of one size; budgets need the super-network")
     for name in ("calibrate", "mask_table", "compensation", "compensate", "finer") if loaded.one_size else ():
         if name in args.given:
             flag = "no-compensation" if name == "compensate" else name.replace("_", "-")
             raise InputError(f"--{flag}: {path} is one sub-network; this needs the super-network")
-    if loaded.crop_ratio and "eval_crop_ratio" not in args.given:
-        args.eval_crop_ratio = loaded.crop_ratio
     if loaded.one_size and args.model and replace(loaded.spec, name=args.model).timm_call() != loaded.spec.timm_call():
         raise InputError(f"--model {args.model}: {path} is a sub-network of {loaded.spec.name}")
     return loaded

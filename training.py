@@ -22,7 +22,7 @@ COUNTS = ("updates", "losses", "skipped")
 # Arguments that may differ from those of the checkpoint that a run goes on from. Ranks and batches: if their product
 # stays. Where a run starts from is in the checkpoint; main_train.py compares the tables.
 MAY_DIFFER = {
-    "data_path", "num_workers", "pin_mem", "skip_bad_images", "device", "amp", "batch_size", "accum_iter", "world_size",
+    "data_path", "num_workers", "pin_mem", "skip_bad_images", "eval_crop_ratio", "device", "amp", "batch_size", "accum_iter", "world_size",
     "compile", "output_dir", "keep_last", "save_every_steps", "eval_period", "skip_nonfinite", "tensorboard", "use_ema",
     "pretrained", "checkpoint", "mask_table", "teacher_path", "model_ema", "compensation", "compensate", "calibrate",
     "op_code", "macs", "macs_ratio", "params", "latency_ms", "latency_device", "latency_batch_size", "finer",

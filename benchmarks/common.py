@@ -146,7 +146,7 @@ def _sort(branch, sums, score, generator):
 def load_tensors(args, model, train, count=None):
     """The first ``count`` images (default: all) as ``model`` is evaluated on them, [N, 3, h, w], and labels [N]."""
     images = datasets.load_images(args, train)
-    transform = datasets.eval_transform(args, datasets.data_config(model))
+    transform = datasets.eval_transform(datasets.data_config(model))
     pairs = [images[index] for index in range(min(count or len(images), len(images)))]
     return torch.stack([transform(image) for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 

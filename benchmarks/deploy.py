@@ -50,7 +50,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         networks = []
         for share, (widths, subnet) in enumerate(zip(many, common.cut(supernet, many), strict=True)):
-            config = subnet_config(subnet, ModelSpec(args.model, 1000), widths, costs, 0.875)
+            config = subnet_config(subnet, ModelSpec(args.model, 1000), widths, costs)
             networks.append(runtimes(subnet, config, Path(folder) / str(share), device))
         worst = max(largest_difference(list(found.values()), device) for found in networks)
         print(f"logits differ from PyTorch's by at most {worst:.0e} of the largest")

@@ -93,7 +93,7 @@ FLAGS = {
 @functools.cache
 def load_data(spec, data_set, data_path):
     """[(images, labels) to train on, to test on], read once in a process. What stands side by side is grey."""
-    args = argparse.Namespace(data_set=data_set, data_path=data_path, eval_crop_ratio=0.875)
+    args = argparse.Namespace(data_set=data_set, data_path=data_path)
     if data_set not in SIDE_BY_SIDE:
         return [common.load_tensors(args, spec.build(), train) for train in (True, False)]
     args.data_set, single = "FASHION_MNIST", ModelSpec("vit_fashion", 10).build()

@@ -76,7 +76,9 @@ def get_args():
 class Bench(common.Bench):
     def __init__(self, args, device, seed, path):
         train = datasets.load_images(args, train=True)
-        model, _ = load_pretrained(ModelSpec(args.model, train.num_classes, args.input_size), path)
+        model, _ = load_pretrained(
+            ModelSpec(args.model, train.num_classes, args.input_size, args.eval_crop_ratio), path
+        )
         proxy = list(datasets.proxy_loader(train, model, args, "proxy_samples"))
         test = common.load_tensors(args, model, train=False, count=args.test_images)
         super().__init__(model.eval().to(device), proxy, test, seed)

@@ -125,7 +125,7 @@ def shared_args(tmp_path):
     """What the data and engine functions read from a command line."""
     return Namespace(
         data_set="DIGITS", data_path=str(tmp_path), batch_size=8, num_workers=0, pin_mem=False, device="cpu", seed=0,
-        eval_crop_ratio=0.875, proxy_samples=16, amp="none", skip_bad_images=False,
+        eval_crop_ratio=None, proxy_samples=16, amp="none", skip_bad_images=False,
     )  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def test_augmentation_depends_on_seed_epoch_and_position_alone(shared_args):
 def test_every_policy_that_is_accepted_runs(policy, shared_args):
     """Posterise to 0 bits, which recent versions of Pillow refuse, comes up in most of them."""
     transform = datasets.train_transform(
-        training_args(shared_args, aa=policy), {"img_size": 48, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        training_args(shared_args, aa=policy), datasets.data_config(ModelSpec("vit_digits", 10, 48).build())
     )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
     for _ in range(60):

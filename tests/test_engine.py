@@ -119,8 +119,8 @@ def test_a_frozen_teacher_stays_and_sees_its_own_kind_of_images():
     trained(proxy_batches(16, 8), lambda *_: [TINY_WIDTHS[1]], distillation)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert not any(p.requires_grad for p in teacher.parameters())
-    args, plain = Namespace(eval_crop_ratio=0.875), Image.new("RGB", (20, 20), (40, 90, 200))
-    ours, theirs = (datasets.eval_transform(args, datasets.data_config(model))(plain) for model in (student, teacher))
+    plain = Image.new("RGB", (20, 20), (40, 90, 200))
+    ours, theirs = (datasets.eval_transform(datasets.data_config(model))(plain) for model in (student, teacher))
     assert torch.allclose(datasets.between_models(student, teacher)(ours[None])[0], theirs, atol=1e-5)
     assert datasets.between_models(student, student)(ours[None]) is not None
 

@@ -45,8 +45,8 @@ def random_supernet(spec=SPEC):
     return supernet.eval()
 
 
-def save(subnet, supernet, folder, formats=(), widths=WIDTHS, spec=SPEC, crop_ratio=0.875):
-    config = subnet_config(subnet, spec, widths, Costs.of(supernet), crop_ratio)
+def save(subnet, supernet, folder, formats=(), widths=WIDTHS, spec=SPEC):
+    config = subnet_config(subnet, spec, widths, Costs.of(supernet))
     return export.save(subnet, config | {"origin": {"checkpoint": "a test"}}, folder, formats)
 
 
@@ -91,14 +91,13 @@ def test_compensation_survives_saving(tmp_path):
 
 @pytest.mark.parametrize("size", [24, 48])
 def test_timm_resolves_the_transform_that_it_was_tested_with(size, tmp_path, shared_args):
-    spec = ModelSpec("vit_digits", 10, size)
+    spec = ModelSpec("vit_digits", 10, size, 0.9)
     supernet = random_supernet(spec)
     subnet = extract(supernet, WIDTHS)
-    save(subnet, supernet, tmp_path, spec=spec, crop_ratio=0.9)
+    save(subnet, supernet, tmp_path, spec=spec)
     config = resolve_data_config(model=load.load_subnetwork(tmp_path))
     assert tuple(config["input_size"]) == (3, size, size) and config["crop_pct"] == (0.9 if size > 32 else 1)
-    shared_args.eval_crop_ratio = 0.9
-    ours = datasets.eval_transform(shared_args, datasets.data_config(subnet))
+    ours = datasets.eval_transform(datasets.data_config(subnet))
     image, _ = datasets.load_images(shared_args, train=False)[0]
     image = datasets.as_rgb(image).resize((40, 32))
     assert torch.equal(create_transform(**config)(image), ours(image))
@@ -169,19 +168,58 @@ def test_commands_that_are_printed_cut_for_the_same_input_size():
 
 
 def test_a_sub_network_is_tested_with_the_crop_that_it_was_saved_with(tmp_path):
-    spec, widths = ModelSpec("vit_digits", 10, 48), Widths((16, 8, 0, 0), (256, 0, 8, 0))
+    spec, widths = ModelSpec("vit_digits", 10, 48, 1.0), Widths((16, 8, 0, 0), (256, 0, 8, 0))
     supernet = random_supernet(spec)
-    save(extract(supernet, widths), supernet, tmp_path, widths=widths, spec=spec, crop_ratio=1.0)
-    args = main_test.get_args(["--checkpoint", str(tmp_path), "--data-set", "DIGITS"])
-    loaded = options.load(args)
-    assert args.eval_crop_ratio == 1.0
-    loaded.save(tmp_path / "again", widths)
+    save(extract(supernet, widths), supernet, tmp_path, widths=widths, spec=spec)
+
+    def tested(folder, *flags):
+        """How images are made for what the flags load."""
+        args = main_test.get_args(["--checkpoint", str(folder), "--data-set", "DIGITS", *flags])
+        return datasets.data_config(options.load(args).supernet)
+
+    assert tested(tmp_path)["crop_pct"] == 1.0
+    load_supernet(tmp_path).save(tmp_path / "again", widths)
     assert load.read_config(tmp_path / "again")["pretrained_cfg"]["crop_pct"] == 1.0
-    args = main_test.get_args(["--checkpoint", str(tmp_path), "--eval-crop-ratio", "0.9"])
-    options.load(args)
-    assert args.eval_crop_ratio == 0.9
-    saved(tmp_path / "small")  # of images that are never cropped
-    assert load_supernet(tmp_path / "small").crop_ratio is None
+    assert tested(tmp_path, "--eval-crop-ratio", "0.9")["crop_pct"] == 0.9
+    saved(tmp_path / "small")  # of images that are never cropped: that says nothing of larger ones
+    assert tested(tmp_path / "small")["crop_mode"] == "squash"
+    larger = tested(tmp_path / "small", "--input-size", "48")
+    assert (larger["crop_pct"], larger["crop_mode"]) == (0.875, "center")
+
+
+def test_images_are_made_as_the_weights_were_published(tmp_path):
+    """Of a model of timm's as timm says, of the paper's as in DeiT; a saved network keeps what it was saved with."""
+
+    def config_of(name, **changes):
+        with torch.device("meta"):
+            return datasets.data_config(ModelSpec(name, 0, **changes).build())
+
+    for name in (
+        "beitv2_base_patch16_224",
+        "vit_base_patch16_224_miil",
+        "eva02_tiny_patch14_224",
+        "vit_base_patch16_clip_224",
+    ):
+        theirs = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        assert config_of(name) == theirs, name
+    assert config_of("beitv2_base_patch16_224")["crop_pct"] == 0.95
+    assert config_of("vit_base_patch16_224_miil")["interpolation"] == "bilinear"
+    assert config_of("vit_small")["crop_pct"] == 0.875 != config_of("deit_small_patch16_224")["crop_pct"]
+    own = config_of("eva_giant_patch14_336", crop_ratio=0.9)
+    assert (own["crop_pct"], own["crop_mode"]) == (0.9, "center") and config_of("eva_giant_patch14_336")[
+        "crop_mode"
+    ] == "squash"
+
+    spec = ModelSpec("vit_digits", 10, 48)
+    supernet = random_supernet(spec)
+    changed = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_mode": "squash"}
+    supernet.pretrained_cfg |= changed
+    save(extract(supernet, WIDTHS), supernet, tmp_path, spec=spec)
+    for again in (load_supernet(tmp_path).supernet, load.load_subnetwork(tmp_path)):
+        found = datasets.data_config(again)
+        assert {
+            name: tuple(v) if name in ("mean", "std") else v for name, v in found.items() if name in changed
+        } == changed
 
 
 @torch.no_grad()
@@ -244,6 +282,8 @@ DAMAGES = [  # a text in config.json, what stands in its place, what is said
     ('"model_args": {', '"model_args": {"checkpoint_path": "x", ', "it names checkpoint_path"),
     ('"model_args": {', '"model_args": {"pretrained": true, ', "it names pretrained"),
     ('"pretrained_cfg": {', '"pretrained_cfg": {"hf_hub_id": "x", ', "it names hf_hub_id"),
+    ('"bicubic"', '"sinc"', "describes no transform"),
+    ('"crop_pct": 1.0', '"crop_pct": 1e-9', "describes no transform"),
     ('"vit_tiny_patch16_224"', '"hf-hub:someone/x"', "it names hf-hub:someone/x"),
     ('"num_classes": 10', '"num_classes": 11', "does not fit"),
     ('"vit_digits"', '"os.system"', "neither one of"),

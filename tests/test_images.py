@@ -13,7 +13,7 @@ import datasets
 from engine import evaluate
 from utils import InputError
 
-CONFIG = {"img_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
 
 
@@ -45,8 +45,11 @@ def test_cmyk_palette_transparent_and_one_pixel_images_load(tmp_path):
     single = saved(tmp_path / "one.png", Image.new("RGB", (1, 1), (9, 8, 7)))
     assert single.getpixel((0, 0)) == (9, 8, 7)
     for size in (16, 48):
-        args, config = training_args(Namespace(eval_crop_ratio=0.875)), CONFIG | {"img_size": size}
-        for transform in (datasets.train_transform(args, config), datasets.eval_transform(args, config)):
+        config = CONFIG | {"input_size": (3, size, size)}
+        for transform in (
+            datasets.train_transform(training_args(Namespace()), config),
+            datasets.eval_transform(config),
+        ):
             assert transform(single).shape == (3, size, size)
 
 

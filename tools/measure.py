@@ -34,7 +34,7 @@ def main(args):
     path = checkpoint_path(args)
     named = {name: getattr(args, name) for name in ("model", "input_size", "mask_table", "use_ema")}
     with utils.name_flag("--model"):
-        loaded = load_supernet(path, compensate=False, **named)
+        loaded = load_supernet(path, compensate=False, crop_ratio=args.eval_crop_ratio, **named)
     if loaded.one_size:
         raise InputError(f"{path}: is one sub-network, of which nothing more is cut; expected a super-network")
     if loaded.began:

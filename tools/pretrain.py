@@ -26,7 +26,8 @@ def main(args):
     device = utils.start_up(args)
     required_model(args)
     images = datasets.load_images(args, train=True)
-    spec = ModelSpec(args.model, args.nb_classes or images.num_classes, args.input_size)
+    classes = args.nb_classes or images.num_classes
+    spec = ModelSpec(args.model, classes, args.input_size, args.eval_crop_ratio)
     datasets.check_classes(images, spec.num_classes)
     with utils.name_flag("--model"):
         model = spec.build(drop_path_rate=args.drop_path).to(device)

@@ -37,6 +37,7 @@ class WidthTable:
         self.meta = {
             "model": spec.name,
             "img_size": spec.img_size,
+            "crop_ratio": spec.crop_ratio,
             "num_classes": spec.num_classes,
             "macs": [costs.macs(widths) for widths in self.steps],
             "macs_with_attention_matmuls": [costs.macs(widths, MATMULS) for widths in self.steps],

@@ -24,8 +24,8 @@ WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 MODEL_ARGS = {"img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", "window_size"}
 MODEL_ARGS |= {"qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "global_pool"}
 MODEL_ARGS |= {"rel_pos_type", "use_shared_rel_pos_bias"}
-PRETRAINED_CFG = {"input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
-PRETRAINED_CFG |= {"num_classes", "first_conv", "classifier", "license"}
+TRANSFORM = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # how the images are made at evaluation
+PRETRAINED_CFG = {"input_size", "fixed_input_size", *TRANSFORM, "num_classes", "first_conv", "classifier", "license"}
 # Above every size of an image, a width or a number of classes that a network has.
 MOST = 2**20
 
@@ -87,3 +87,15 @@ def check_config(config, source):
     for size in sizes:
         if type(size) is not int or not 0 <= size <= MOST:
             raise ValueError(f"{source}: {size!r:.40} is no size; expected integers of 0 to {MOST}")
+    _check_transform(config["pretrained_cfg"], source)
+
+
+def _check_transform(cfg, source):
+    """Raise ValueError, which names ``source``, if timm can make no transform by what ``cfg`` says of it."""
+    try:
+        timm.data.create_transform(**timm.data.resolve_data_config({"in_chans": 3}, cfg))
+        three = all(len(cfg.get(name, "rgb")) == 3 for name in ("mean", "std"))
+        if not three or not 0.1 <= cfg.get("crop_pct", 1.0) <= 1:
+            raise ValueError("three numbers each in mean and std, and a crop_pct of 0.1 to 1, are expected")
+    except Exception as error:  # timm looks words up, asserts, and computes with what stands there
+        raise ValueError(f"{source}: its pretrained_cfg describes no transform ({error!r})") from None

@@ -19,7 +19,16 @@ from models.subnet.extract import extract
 from models.subnet.latency import LatencyTable
 from models.vit.cost import MATMULS, Costs
 from models.vit.families import OWN_MODULES, narrow
-from models.vit.pretrained import ALIASES, OWN_SHAPES, ModelSpec, classes_of, image_shape, load_weights, read_checkpoint
+from models.vit.pretrained import (
+    ALIASES,
+    OWN_SHAPES,
+    ModelSpec,
+    centre_crop,
+    classes_of,
+    image_shape,
+    load_weights,
+    read_checkpoint,
+)
 from models.vit.supernet import as_stock, as_supernet, set_widths
 from models.vit.weights import digest
 from models.vit.widths import Widths
@@ -41,8 +50,7 @@ class SuperNetwork:
 
     weights: their digest. compensation: 2L Compensation, if what is cut is to be compensated. one_size: it is a
     sub-network already, so that ``supernet`` is a stock network and the table has one step. began: the digest of the
-    weights that training began from, if it trained compensated slices. crop_ratio: centre crop / resized image at
-    evaluation, of a sub-network that says so.
+    weights that training began from, if it trained compensated slices.
     """
 
     supernet: nn.Module
@@ -54,7 +62,6 @@ class SuperNetwork:
     compensation: list | None = None
     one_size: bool = False
     began: str | None = None
-    crop_ratio: float | None = None
 
     def __repr__(self):
         how = "compensated" if self.compensation else "as plain slices"
@@ -94,15 +101,15 @@ class SuperNetwork:
         latencies = LatencyTable.beside(self, torch.device(device), batch_size, amp)
         return latencies.measure([widths or self.widths(**budget)])[0]
 
-    def save(self, folder, widths=None, formats=(), *, network=None, crop_ratio=None, origin=None, **budget):
+    def save(self, folder, widths=None, formats=(), *, network=None, origin=None, **budget):
         """Write a sub-network to ``folder``, as ``export.save`` does and returns it.
 
-        network: what ``cut`` made of ``widths``, if it is there already. crop_ratio: centre crop / resized image at
-        evaluation (default: its own, or 0.875). origin: plain values that say where it comes from.
+        network: what ``cut`` made of ``widths``, if it is there already. origin: plain values that say where it comes
+        from.
         """
         widths = widths or self.widths(**budget)
         network = network or self.cut(widths)
-        config = subnet_config(network, self.spec, widths, self.costs, crop_ratio or self.crop_ratio or 0.875)
+        config = subnet_config(network, self.spec, widths, self.costs)
         return export.save(network, config | {"origin": origin or {"checkpoint": str(self.source)}}, folder, formats)
 
 
@@ -133,13 +140,15 @@ def began_from(content):
 
 
 def load_supernet(
-    path, *, model=None, input_size=None, mask_table=None, use_ema=False, compensation=None, compensate=None, **kwargs
-):
+    path, *, model=None, input_size=None, crop_ratio=None, mask_table=None, use_ema=False, compensation=None,
+    compensate=None, **kwargs,
+):  # fmt: skip
     """Load a super-network or a sub-network from a folder or a checkpoint file, a SuperNetwork.
 
     Args:
         model: its name (default: from the table's meta, the checkpoint's args or the folder's name).
         input_size: image size in pixels (default: the table's, or the model's own).
+        crop_ratio: centre crop / resized image at evaluation (default: the table's, or the model's own).
         mask_table: the width table (default: mask_table.json beside the checkpoint).
         use_ema: take the averaged weights.
         compensation: the compensation file (default: compensation.safetensors beside the checkpoint).
@@ -160,16 +169,17 @@ def load_supernet(
     state = content["model_ema" if use_ema else "model"]
     weights = digest(state)
     if "config" in content:
-        return _load_one_size(path, content["config"], state, input_size, weights, kwargs)
+        return _load_one_size(path, content["config"], state, input_size, crop_ratio, weights, kwargs)
     table_path = Path(mask_table) if mask_table else path.parent / TABLE_NAME
     table = WidthTable.load(table_path)
     if not mask_table:
         table.check_made_for(weights, table_path)
         if "mask_table" in content:
             table = _agreed(table, WidthTable.from_json(content["mask_table"], path), table_path, path)
-    size = table.meta.get("img_size")  # the user's to edit
+    size, crop = table.meta.get("img_size"), table.meta.get("crop_ratio")  # the user's to edit
     size = input_size or (size if type(size) is int and size > 0 else None)
-    spec = ModelSpec(model or _model_name(table, content, path), classes_of(state), size)
+    crop = crop_ratio or (crop if type(crop) in (int, float) and 0.1 <= crop <= 1 else None)
+    spec = ModelSpec(model or _model_name(table, content, path), classes_of(state), size, crop)
     supernet = spec.build(**kwargs)
     load_weights(supernet, state, path)
     costs = Costs.of(as_supernet(supernet))
@@ -182,8 +192,9 @@ def load_supernet(
     return SuperNetwork(supernet, spec, table, costs, path, weights, known, began=began)
 
 
-def _load_one_size(path, config, state, input_size, weights, kwargs):
-    """The SuperNetwork of one step that ``config`` (of ``subnet_config``) describes, for images of ``input_size``."""
+def _load_one_size(path, config, state, input_size, crop_ratio, weights, kwargs):
+    """The SuperNetwork of one step that ``config`` (of ``subnet_config``) describes, for images of ``input_size``, with
+    the mean, std, interpolation and crop of ``config``, which ``crop_ratio`` replaces."""
     try:
         load.check_config(config, path)
         widths = Widths.from_dict(config["widths"])
@@ -192,17 +203,18 @@ def _load_one_size(path, config, state, input_size, weights, kwargs):
         costs = Costs.of(subnet)
         set_widths(subnet, widths)  # refuses widths that do not fit
         narrow(as_stock(subnet), widths.attn, widths.mlp)
-        subnet.pretrained_cfg["label_names"] = config.get("label_names")
-        crop = config.get("pretrained_cfg", {}) if image_shape(subnet)[1] > 32 else {}
-        crop_ratio = float(crop.get("crop_pct", 0)) if crop.get("crop_mode") == "center" else 0.0
+        saved = config["pretrained_cfg"]
+        # What small images say of a crop holds for them alone.
+        names = load.TRANSFORM if max(saved.get("input_size", [0])[1:], default=0) > 32 else load.TRANSFORM[:3]
+        own = {name: saved[name] for name in names if name in saved}
+        subnet.pretrained_cfg |= own | centre_crop(crop_ratio) | {"label_names": config.get("label_names")}
     except InputError:
         raise
     except Exception as error:  # whatever stands there goes through timm and torch
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: its description is that of no network ({reason})") from None
     load_weights(subnet, state, path)
-    table, crop_ratio = WidthTable([widths]), crop_ratio if 0.1 <= crop_ratio <= 1 else None
-    return SuperNetwork(subnet, spec, table, costs, path, weights, one_size=True, crop_ratio=crop_ratio)
+    return SuperNetwork(subnet, spec, WidthTable([widths]), costs, path, weights, one_size=True)
 
 
 def _agreed(beside, inside, table_path, path):
@@ -225,20 +237,21 @@ def _model_name(table, content, path):
     raise NotNamed(f"{path}: does not say which model it is; name it", "model")
 
 
-def subnet_config(subnet, spec, widths, costs, crop_ratio):
+def subnet_config(subnet, spec, widths, costs):
     """The description of a sub-network: all that is needed to rebuild it without this repository, and to know what it
     is. It is timm's layout for model hubs, and what only a sub-network has.
 
-    crop_ratio: centre crop / resized image at evaluation. The names of the classes are those that timm's
-    ``pretrained_cfg`` of ``subnet`` has, if any. Returns a dict of plain values.
+    How its images are made and the names of the classes are what timm's ``pretrained_cfg`` of ``subnet`` says. Returns
+    a dict of plain values.
     """
     architecture, arguments = spec.timm_call()
     # Not where timm's weights come from: these are others. Their licence is the one of timm's, if there are any.
-    kept = ["mean", "std", "fixed_input_size", "first_conv", "classifier"] + ["license"] * (spec.name not in OWN_SHAPES)
+    kept = [*load.TRANSFORM, "fixed_input_size", "first_conv", "classifier"]
+    kept += ["license"] * (spec.name not in OWN_SHAPES)
     names = subnet.pretrained_cfg.get("label_names") or ()
     channels, height, width = image_shape(subnet)
-    # What datasets.eval_transform does, in timm's words: small images are resized alone, without a crop.
-    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if height <= 32 else {"crop_pct": crop_ratio, "crop_mode": "center"}
+    # As datasets.data_config: small images are resized alone, without a crop.
+    small = {"crop_pct": 1.0, "crop_mode": "squash"} if max(height, width) <= 32 else {}
     return {
         "architecture": architecture,
         "num_classes": spec.num_classes,
@@ -247,8 +260,7 @@ def subnet_config(subnet, spec, widths, costs, crop_ratio):
             **{name: subnet.pretrained_cfg[name] for name in kept if subnet.pretrained_cfg.get(name) is not None},
             "num_classes": spec.num_classes,
             "input_size": (channels, height, width),
-            "interpolation": "bicubic",
-            **crop,
+            **small,
         },
         "model_args": arguments,
         **({"label_names": names} if len(names) == spec.num_classes else {}),
