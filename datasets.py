@@ -237,13 +237,20 @@ def relabel(images, classes, flag, names=None):
     return names
 
 
-def check_classes(images, classes):
-    """Raise InputError if the data set ``images`` has labels that a network of ``classes`` classes has no logit for."""
+def fit_classes(images, classes):
+    """Give the images of a data set, in place, the labels that a network of ``classes`` classes has for them: their
+    own, or ImageNet's if the data set has some of its classes, by name.
+
+    Raises InputError if there are more labels than classes.
+    """
     if not classes:
         raise InputError("--nb-classes is required: neither the weights nor the data set say how many there are")
     own = images.num_classes or 0
     if own > classes:
         raise InputError(f"--nb-classes {classes}: the network has {classes} classes, the data set {own}")
+    subset = infer_imagenet_subset({"num_classes": classes})
+    if 0 < own < classes and subset and {*(class_names(images) or "?")} <= {*ImageNetInfo(subset).label_names()}:
+        relabel(images, classes, "--data-set")
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -484,6 +491,13 @@ def eval_loader(images, model, args):
     share = range(utils.rank(), len(images), utils.world_size())
     transform = eval_transform(data_config(model))
     return ImageLoader(images, model, transform, args, drop_last=False, title="evaluate", sampler=share)
+
+
+def test_loader(model, args):
+    """``eval_loader`` of the test images of ``args.data_set``, with the labels that ``model`` has for them."""
+    images = load_images(args, train=False)
+    fit_classes(images, model.num_classes)
+    return eval_loader(images, model, args)
 
 
 def proxy_loader(images, model, args, flag):

@@ -34,9 +34,9 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
         teacher: Distillation or None.
         draw: function of the global step and the number of the batch in its update, which returns the sub-networks
             that the batch trains, a list of Widths.
-    Returns {'train_loss': mean over ranks, 'train_lr': last rate, 'images_per_s': of all ranks}, and 'train_skipped'
-    updates if there are any. All ranks together raise FloatingPointError on a non-finite loss before the optimiser sees
-    it, and utils.Interrupted after a signal.
+    Returns {'train_loss': mean over ranks, 'train_lr': last rate, 'images_per_s': of all ranks}, and the updates of the
+    run so far that are 'train_skipped', or 'train_overflowed' in fp16, if there are any. All ranks together raise
+    FloatingPointError on a non-finite loss before the optimiser sees it, and utils.Interrupted after a signal.
     """
     args, device = run.args, run.device
     run.parallel.train()
@@ -68,7 +68,8 @@ def train_one_epoch(run, loader, criterion, epoch, mixup=None, teacher=None, dra
     report_bad_images(loader, f"epoch {epoch}")
     figures = {"train_loss": run.mean_loss(), "train_lr": run.optimizer.param_groups[0]["lr"]}
     figures["images_per_s"] = round((run.images_done() - before) * utils.world_size() / watch.seconds(), 1)
-    return figures | ({"train_skipped": run.skipped} if run.skipped else {})
+    counts = {"train_skipped": run.skipped, "train_overflowed": run.overflowed}
+    return figures | {name: count for name, count in counts.items() if count}
 
 
 def _finish_update(run, step, loss, bad):

@@ -7,6 +7,8 @@ import datasets
 import utils
 from engine import evaluate, mixup_and_criterion, train_one_epoch
 from models.subnet.store import subnet_config
+from models.vit.cost import Costs
+from models.vit.supernet import as_supernet
 from options import add_budget_options, add_training_options, budgets, choose, cut, load, print_command, stage_parser
 from training import TrainingRun
 from utils import InputError, print_once, with_unit
@@ -31,10 +33,11 @@ def main(args):
     subnet.to(device)
     output = utils.output_folder(args.output_dir or Path("output/finetune") / spec.name)
     train = datasets.train_loader(images, subnet, args)
-    test = datasets.eval_loader(datasets.load_images(args, train=False), subnet, args)
+    test = datasets.test_loader(subnet, args)
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     run = TrainingRun(subnet, args, device, len(train))
-    description = subnet_config(subnet, spec, widths, loaded.costs)
+    costs = loaded.costs if spec == loaded.spec else Costs.of(as_supernet(spec.build()))
+    description = subnet_config(subnet, spec, widths, costs)
     checkpoint, content = run.resume(output)
     if checkpoint and content.get("config", {}).get("widths") != description["widths"]:
         raise InputError(f"--resume {checkpoint}: it holds another sub-network than the one asked for")
@@ -74,7 +77,7 @@ def fit_classifier(subnet, spec, images, classes):
     """Replace the classifier if it has not as many ``classes`` (default: those of the data set). Returns the ModelSpec
     that then holds."""
     classes = classes or images.num_classes or spec.num_classes
-    datasets.check_classes(images, classes)
+    datasets.fit_classes(images, classes)
     if classes != spec.num_classes:
         print_once(f"note: the classifier has {spec.num_classes} classes: replaced by a new one for {classes}")
         subnet.reset_classifier(classes)

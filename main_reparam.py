@@ -82,7 +82,6 @@ def main(args):
     state = {name: value.cpu() for name, value in supernet.state_dict().items()}
     weights = digest(state)
     report |= {"num_classes": spec.num_classes, "full_width_difference": difference, "weights": weights}
-    save_checkpoint(state, output / WEIGHTS_NAME)
     if args.compensation:
         compensation = compensation_of(supernet, statistics, rewrites)
         table = WidthTable(steps_by_error(compensation, units, costs, drop_ratio))
@@ -94,6 +93,8 @@ def main(args):
         print_concentration(branches(supernet), report["errors"])
         picture = density(densities(supernet, statistics, rewrites))
         save_figure(picture, output / DENSITY_NAME, f"{spec.name}, --basis {args.basis}")
+    # After what goes with them: alone, they would be taken for weights that are to be cut plainly.
+    save_checkpoint(state, output / WEIGHTS_NAME)
     utils.save_text(json.dumps(report, indent=1), output / "report.json")
     print_next(args, output)
 
@@ -108,12 +109,13 @@ def build_model(args):
     if not classes and args.objective == "label":
         raise InputError("--nb-classes 0: without a classifier there are no logits to measure; use --objective feature")
     if args.objective == "label":
-        datasets.check_classes(images, classes)
+        datasets.fit_classes(images, classes)
     spec = ModelSpec(args.model, classes, args.input_size, args.eval_crop_ratio)
     if not args.pretrained:
         options.say_what_is_fetched(args.model, "--model")
     with utils.name_flag("--model", "--pretrained"):
         model, remarks = load_pretrained(spec, args.pretrained)
+    utils.check_alike(f"--pretrained {args.pretrained or spec.name}", digest(model.state_dict()))
     for remark in remarks:
         print_once(f"note: {remark}")
     if remarks and args.objective == "label":

@@ -51,7 +51,8 @@ def main(args):
     saved = Path(args.save) if args.save else output / "saved" if args.export else None
     test = make_test(args, loaded)
     rows = test_all(loaded, test, args, device, saved and utils.output_folder(saved, "--save"))
-    results = {"checkpoint": str(loaded.source), "model": loaded.spec.name, "data_set": args.data_set, "rows": rows}
+    results = {"checkpoint": str(loaded.source), "model": loaded.spec.name, "data_set": args.data_set}
+    results |= {"amp": args.amp, "rows": rows}
     if args.benchmark:
         report.write(results, output)  # what was tested is not lost if a network is too large to be timed
         options.benchmark(loaded, rows, args, device)

@@ -42,7 +42,7 @@ def main(args):
     dropout = make_dropout(args, supernet)
     proxy = datasets.proxy_loader(images, supernet, args, "proxy_samples") if dropout.growth else None
     train = datasets.train_loader(images, supernet, args)
-    test = datasets.eval_loader(datasets.load_images(args, train=False), supernet, args)
+    test = datasets.test_loader(supernet, args)
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     # A sub-network without a branch leaves that branch's parameters out of the backward pass.
     run = TrainingRun(supernet, args, device, len(train), find_unused=dropout.loses_branches)
@@ -54,6 +54,8 @@ def main(args):
         restore_table(dropout, content, checkpoint, args)
         weights = began_from(content)
         check_teacher(taught, content, checkpoint)
+    elif output.resolve() == Path(args.pretrained).parent.resolve():
+        raise InputError(f"--output-dir {output}: holds the weights that training starts from; take another folder")
     weights = use_compensation(run, dropout, checkpoint, weights, output)
     print_once(
         f"{len(train)} batches of {args.batch_size} an epoch, {run.batch} images an update over {utils.world_size()} "
@@ -117,7 +119,7 @@ def build(args, device):
     # Strings: checkpoints hold the arguments, and nothing but plain values.
     args.pretrained, args.mask_table = str(path), complete_table(args.mask_table, path, weights)
     classes = args.nb_classes or images.num_classes or classes_of(state)
-    datasets.check_classes(images, classes)
+    datasets.fit_classes(images, classes)
     spec = ModelSpec(args.model, classes, args.input_size, args.eval_crop_ratio)
     with utils.name_flag("--model"):
         model = spec.build(drop_path_rate=args.drop_path)
@@ -127,6 +129,7 @@ def build(args, device):
     teacher = make_teacher(args, model, remarks)
     if teacher and teacher.network:
         teacher.network.to(device)
+    check_files_alike(args, path, weights, teacher)
     return as_supernet(model).to(device), spec, images, teacher, began_from(content) or weights
 
 
@@ -148,6 +151,14 @@ def make_teacher(args, model, remarks):
     if remarks:
         raise InputError(f"--distillation-type {kind}: the classifier is new, so give --teacher-model")
     return Distillation(kind, alpha, tau, copy.deepcopy(model))
+
+
+def check_files_alike(args, pretrained, weights, teacher):
+    """Raise RanksDisagree unless all ranks start from the same weights, table, compensation and teacher."""
+    table = WidthTable.load(args.mask_table).to_json() if args.mask_table else None
+    taught = digest(teacher.network.state_dict()) if teacher and teacher.network else None
+    there = pretrained.with_name(COMPENSATION_NAME).is_file()
+    utils.check_alike(f"--pretrained {pretrained} and what lies beside it", f"{weights} {table} {taught} {there}")
 
 
 def complete_table(mask_table, pretrained, weights):
@@ -178,7 +189,7 @@ def make_dropout(args, supernet):
     utils.at_most(args, "grow_epochs", args.epochs, f"--epochs is {args.epochs}")
     print_once(f"the width table grows in {args.grow_epochs} epochs")
     drop_ratio = options.reachable_drop_ratio(args, units, costs)
-    growth = Growth(args.grow_epochs, drop_ratio, args.sensitivity, args.objective, args.amp)
+    growth = Growth(args.grow_epochs, drop_ratio, args.sensitivity, args.objective)
     return DropoutList(units, costs, growth=growth, **drawing)
 
 

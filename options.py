@@ -320,6 +320,7 @@ def load(args, **kwargs):
         loaded = store.load_supernet(path, **given, crop_ratio=args.eval_crop_ratio, **kwargs)
         for budget in budgets(args) if loaded.one_size else ():
             raise utils.BudgetError(f"{budget}: {path} is one sub-network of one size; budgets need the super-network")
+    utils.check_alike(path, f"{loaded.weights} {loaded.table.to_json()} {loaded.compensation is None}")
     for name in ("calibrate", "mask_table", "compensation", "compensate", "finer") if loaded.one_size else ():
         if name in args.given:
             flag = "no-compensation" if name == "compensate" else name.replace("_", "-")

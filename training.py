@@ -1,8 +1,9 @@
 """A training run: all that training changes, saved so that a stopped run goes on as if it had never been stopped."""
 
 import json
+import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,17 +16,21 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from models.subnet.store import numbered_checkpoints
 from models.vit.pretrained import load_weights, read_checkpoint, save_checkpoint
+from models.vit.weights import digest
 from utils import InputError, print_once
 
 BEST_NAME, MID_EPOCH_NAME, LOG_NAME = "best_checkpoint.pth", "mid_epoch.pth", "log.txt"
-COUNTS = ("updates", "losses", "skipped")
+COUNTS = ("updates", "losses", "skipped", "overflowed")
+# Below this loss scale no gradient is too large for fp16: they are not finite themselves.
+LEAST_SCALE = 2**-14
 # Arguments that may differ from those of the checkpoint that a run goes on from. Ranks and batches: if their product
 # stays. Where a run starts from is in the checkpoint; main_train.py compares the tables.
 MAY_DIFFER = {
-    "data_path", "num_workers", "pin_mem", "skip_bad_images", "eval_crop_ratio", "device", "amp", "batch_size", "accum_iter", "world_size",
-    "compile", "output_dir", "keep_last", "save_every_steps", "eval_period", "skip_nonfinite", "tensorboard", "use_ema",
-    "pretrained", "checkpoint", "mask_table", "teacher_path", "model_ema", "compensation", "compensate", "calibrate",
-    "op_code", "macs", "macs_ratio", "params", "latency_ms", "latency_device", "latency_batch_size", "finer",
+    "data_path", "num_workers", "pin_mem", "skip_bad_images", "eval_crop_ratio", "device", "amp", "batch_size",
+    "accum_iter", "world_size", "compile", "output_dir", "keep_last", "save_every_steps", "eval_period",
+    "skip_nonfinite", "tensorboard", "use_ema", "pretrained", "checkpoint", "mask_table", "teacher_path", "model_ema",
+    "compensation", "compensate", "calibrate", "op_code", "macs", "macs_ratio", "params", "latency_ms",
+    "latency_device", "latency_batch_size", "finer",
 }  # fmt: skip
 # How a width table grows: without effect if --mask-table gives a complete one.
 OF_GROWTH = {
@@ -72,8 +77,9 @@ class TrainingRun:
         )  # fmt: skip
         self.ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.max_accuracy, self.skipped = 0.0, 0
+        self.max_accuracy, self.skipped, self.overflowed = 0.0, 0, 0
         self.resumed = self.last = self.board = None
+        self.from_file = False
         self.begin_epoch(0)
         self.parallel = model
         if utils.is_distributed():
@@ -83,12 +89,23 @@ class TrainingRun:
         return create_optimizer_v2(parameters, opt=self.args.opt, lr=self.lr, weight_decay=self.args.weight_decay)
 
     def update(self, step):
-        """One optimiser step with the gradients that are there; ``step`` is the global one."""
+        """One optimiser step with the gradients that are there; ``step`` is the global one.
+
+        In fp16 a step whose gradients overflow is left out, counted, and followed by steps of half the loss scale.
+        Raises FloatingPointError if that does not help.
+        """
         if self.args.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.overflowed += self.scaler.get_scale() < scale
+        if self.scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(
+                f"gradients are not finite at step {step}, however small the loss is scaled; the last checkpoint is "
+                "from before it"
+            )
         if self.ema:
             self.ema.update(self.model, step=step)
 
@@ -154,7 +171,7 @@ class TrainingRun:
         utils.catch_signals(signal.SIGINT)
         if self.resumed:
             print_once(f"going on from epoch {self.epoch}, update {self.updates}: {self.resumed}")
-            if self.args.resume != "auto" and utils.is_main():
+            if self.from_file and utils.is_main():
                 self._give_up_what_is_later()
             best = self.max_accuracy
             if best and not (output / BEST_NAME).exists():
@@ -166,9 +183,10 @@ class TrainingRun:
         trim_log(output / LOG_NAME, self.epoch)
         try:
             yield
-        except utils.Interrupted:
+        except utils.Interrupted as stop:
             self.save_mid_epoch()  # evaluation and importance change nothing that is saved
             utils.barrier()  # no rank ends, and has the others killed, before it is written
+            stop.saved = True
             raise
 
     def _give_up_what_is_later(self):
@@ -227,21 +245,24 @@ class TrainingRun:
     def resume(self, output):
         """Go on as ``--resume`` asks for. Returns (path, content) of the checkpoint; (None, {}) for a new run.
 
-        'auto' passes over what cannot be gone on from. Raises InputError if nothing else is there.
+        'auto' passes over what cannot be gone on from. Raises InputError if nothing else is there. A run that torchrun
+        or Slurm starts again goes on from what it has written since it went on from a file.
         """
-        tried = []
-        for path in to_resume(self.args.resume, output):
+        tried, asked = [], self.args.resume
+        asked = "auto" if asked and _goes_on_already(asked, output) else asked
+        self.from_file = asked != "auto"
+        for path in to_resume(asked, output):
             try:
                 content = self.restore(path)
             except InputError as error:
-                if self.args.resume != "auto" or isinstance(error, FlagsDiffer):
+                if self.from_file or isinstance(error, FlagsDiffer):
                     raise
                 print_once(f"note: passed over: {error}")
                 tried.append(path.name)
                 continue
-            if not utils.all_the_same(path.name):
+            if not utils.all_the_same(f"{path.name} {digest(content['model'])}"):
                 raise utils.RanksDisagree(
-                    f"--resume {self.args.resume}: not every rank can read {path}; see the storage"
+                    f"--resume {self.args.resume}: not every rank reads the same {path}; see the storage"
                 )
             return path, content
         if tried:
@@ -269,8 +290,9 @@ class TrainingRun:
             self._check_optimizer_state()
             if content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
-            self.max_accuracy = float(content.get("max_accuracy", 0.0))
             position = content.get("position", {})
+            # Another program's is the accuracy of something else.
+            self.max_accuracy = float(content.get("max_accuracy", 0.0)) if position else 0.0
             self.updates, self.losses, self.skipped = (int(position.get(name, 0)) for name in COUNTS)
             self.loss_sum += position.get("loss_sum", 0.0)
         except Exception as error:  # each raises whatever a state of something else makes it
@@ -332,6 +354,18 @@ def to_resume(resume, output):
     if not utils.all_the_same(str(paths)):
         raise InputError(f"--resume auto: not every rank finds {paths}; --output-dir must be on shared storage")
     return paths
+
+
+def _goes_on_already(resume, output):
+    """Whether this is a later life of a run that has gone on from the file ``resume``: torchrun or Slurm counts it, and
+    the newest checkpoint in ``output`` says so."""
+    lives = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    if resume == "auto" or not any(int(os.environ.get(name, 0)) for name in lives):
+        return False
+    for path in to_resume("auto", output):
+        with suppress(InputError):  # the next one may be whole
+            return getattr(read_checkpoint(path).get("args"), "resume", None) == resume
+    return False
 
 
 def _position(path):

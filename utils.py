@@ -5,6 +5,7 @@ import difflib
 import fcntl
 import importlib.util
 import io
+import itertools
 import json
 import os
 import platform
@@ -15,7 +16,9 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +98,9 @@ def printable(text):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and what is needed to go on has been saved."""
+    """A signal asked the run to stop. saved: what is needed to go on has been written."""
+
+    saved = False
 
 
 class RanksDisagree(RuntimeError):
@@ -271,19 +276,24 @@ def run_stage(main, args):
         main(args)
     except (OSError, ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
         if os.environ.get(TRACEBACK):
+            code = _print_traceback()
             raise
         code = 2
         if not _another_rank_says(error):
             print(printable(f"error: {_in_words(error)}"), file=sys.stderr, flush=True)
-    except Interrupted:
+    except Interrupted as stop:
         code = _code_of_stopped(STOPPED)
         if is_main():
-            words = "stopped by a signal, saved; the same command with --resume auto goes on"
-            print(words, file=sys.stderr, flush=True)
+            saved = "saved; the same command with --resume auto goes on"
+            words = saved if stop.saved else "before there was anything to save"
+            print(f"stopped by a signal, {words}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code, at_once = _code_of_stopped(130), True
         if is_main():
             print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+    except Exception:
+        code = _print_traceback()
+        raise
     finally:
         _unlock()
         if (code or at_once) and is_distributed():
@@ -292,6 +302,15 @@ def run_stage(main, args):
             dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def _print_traceback():
+    """Print the traceback of the error that is handled, if the process is one of several, which ends without the
+    interpreter's clean-up. Returns the exit code."""
+    if is_distributed():
+        traceback.print_exc()
+        sys.stderr.flush()
+    return 1
 
 
 def _code_of_stopped(code):
@@ -386,6 +405,9 @@ def progress(batches, title, done=0, images=0, unit="batches"):
 # ------------------------------------------------------------------------------------------ devices and ranks
 
 
+_stores, _calls = [], itertools.count()  # the key-value store of the ranks, if there are several; of from_main
+
+
 def start_up(args):
     """Choose device and autocast, join the process group if torchrun or srun started this process, and seed it.
 
@@ -406,6 +428,8 @@ def start_up(args):
     args.device = str(device)
     if hasattr(args, "amp"):
         args.amp = resolve_amp(args.amp, device)
+        if "fp16" in gather(args.amp):  # GPUs of several kinds: gradients that are added must be scaled alike
+            args.amp = "fp16"
     seed_all(args.seed, 0, 0)  # alike on all ranks: a new classifier is drawn from it
     print_once(
         f"{machine_name(device) if device.type == 'cuda' else 'CPU'}, {args.world_size} rank(s) of "
@@ -468,6 +492,7 @@ def _join_ranks(backend, rank, world_size):
     if shared:
         store = dist.PrefixStore(f"life_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    _stores.append(store)
 
 
 def choose_device(name, flag):
@@ -516,9 +541,20 @@ def all_the_same(text):
     return len(set(gather(text))) == 1
 
 
+def check_alike(source, text):
+    """Raise RanksDisagree unless ``text``, of what was read from ``source``, is that of all ranks. To be called by all
+    ranks."""
+    if not all_the_same(text):
+        raise RanksDisagree(f"{source}: not every rank reads the same there; all machines need the same files")
+
+
 def from_main(compute):
-    """The result of ``compute()``, which only the main rank calls, on every rank."""
-    return gather(compute() if is_main() else None)[0]
+    """The result of ``compute()``, which only the main rank calls, on every rank. It may take hours: the others wait by
+    the ranks' store, for a collective would give up after its timeout."""
+    result, name = compute() if is_main() else None, f"from_main_{next(_calls)}"
+    for store in _stores[-1:] if is_distributed() else ():
+        store.set(name, "done") if is_main() else store.wait([name], timedelta(days=7))
+    return gather(result)[0]
 
 
 def gather(thing):

@@ -335,6 +335,21 @@ def test_what_is_printed_fits_the_terminal_and_a_shell_reads_it(tmp_path, folder
     assert words[3] == str(output).replace("\x1b", "\\x1b").replace("\u00e9", "\\xe9")
 
 
+def test_stage_1_writes_its_weights_when_all_that_goes_with_them_is_there(folder, monkeypatch, capfd):
+    """Alone they would be trained as plain slices, with a table that grows."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "late/density.png")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("main_reparam.save_figure", full)
+    with pytest.raises(SystemExit):
+        run_stage("main_reparam.py --model vit_digits --pretrained weights.pth --proxy-samples 16 --output-dir late")
+    assert "error: late/density.png: No space left on device" in capfd.readouterr().err
+    assert (folder / "late/compensation.safetensors").exists() and not (folder / "late/reparamed.pth").exists()
+    shutil.rmtree(folder / "late")
+
+
 def test_a_folder_left_by_a_killed_run_goes_and_a_save_on_another_disk_works(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     mount(folder / "disk", "size=4m")

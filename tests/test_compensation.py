@@ -8,6 +8,7 @@ from conftest import TINY_WIDTHS, measured, proxy_batches, random_images, rewrit
 from torch.nn import functional as F
 
 from models.subnet.extract import extract
+from models.vit.families import Transform
 from models.vit.supernet import branches, full_widths, hooks, set_widths
 from models.vit.widths import Widths
 from models.wpac.bases import SHRINKAGES, choose_shrinkage, factorise, greedy_order, shrunk
@@ -18,11 +19,13 @@ from models.wpac.compensation import (
     fold,
     inverse_of,
     load_compensation,
+    plain_errors,
     save_compensation,
     through_norm,
     unit_errors,
 )
 from models.wpac.statistics import OBJECTIVES
+from utils import InputError
 
 
 def problem(count=400, units=12, outputs=5, seed=0):
@@ -59,6 +62,33 @@ def test_compensation_is_weighted_least_squares_and_leaves_the_sum_of_the_unit_e
     lost = output - (a[:, :kept] @ new.mT + new_bias)
     left = (w * ((lost @ gram) * lost).sum(1)).sum()
     assert unit_errors(weight, factor, gram)[kept:].sum() == pytest.approx(left.item(), rel=1e-3)
+
+
+def test_without_compensation_an_entry_costs_what_the_plain_slice_loses_of_it():
+    a, w, weight, _, gram = problem()
+    moment = (a * w[:, None]).mT @ a
+
+    def lost(kept):
+        dropped = a[:, kept:] @ weight[:, kept:].mT
+        return (w * ((dropped @ gram) * dropped).sum(1)).sum()
+
+    steps = torch.stack([lost(kept) - lost(kept + 1) for kept in range(12)])
+    assert torch.allclose(plain_errors(weight, moment, gram), steps.clamp(min=0), rtol=1e-9)
+
+
+def test_attention_whose_proj_has_no_bias_is_ranked_as_it_is_cut():
+    """Its means are lost, and nothing predicts what goes: of the same function it counts more than with a bias."""
+    bare, biased = tiny_supernet(proj_bias=False).double(), tiny_supernet().double()
+    assert biased.load_state_dict(bare.state_dict(), strict=False).missing_keys
+    for branch in branches(biased)[::2]:
+        torch.nn.init.zeros_(branch.output.bias)
+    errors = []
+    for supernet in (bare, biased):
+        batches = proxy_batches(dtype=torch.float64)
+        errors.append([known.errors for known in rewritten(supernet, measured(supernet, batches=batches, hidden=True))])
+    assert [branch.part.can(Transform.COMPENSATION) for branch in branches(bare)] == [False, True] * 3
+    for plain, compensated in zip(errors[0][::2], errors[1][::2], strict=True):
+        assert plain.sum() > 1.05 * compensated.sum() and plain[-1] > compensated[-1] and (plain >= 0).all()
 
 
 @pytest.mark.parametrize("kept", [3, 6, 9, 11])
@@ -218,6 +248,20 @@ def test_every_shape_can_be_compensated_and_stored(tmp_path):
             one, other = (cut(supernet, widths, known)(images) for known in (compensation, again))
         assert torch.isfinite(one).all()
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_compensation_of_images_of_another_size_is_said(tmp_path, capsys):
+    supernet, compensation = reparameterised("pca", "hessian")
+    save_compensation(compensation, supernet, tmp_path / "x.safetensors", "digest")
+    load_compensation(tmp_path / "x.safetensors", supernet, "digest")
+    assert not capsys.readouterr().out
+    load_compensation(tmp_path / "x.safetensors", tiny_supernet(img_size=32), "digest")
+    assert "measured on images of 16x16 pixels, and these are of 32x32" in capsys.readouterr().out
+
+
+def test_fp16_cannot_hold_the_gradients_that_are_measured():
+    with pytest.raises(InputError, match=r"^--amp fp16: "):
+        measured(tiny_supernet(), amp="fp16")
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"init_values": 0.5}])

@@ -145,7 +145,7 @@ def test_a_missing_data_set_is_named_with_its_path_under_the_names_of_the_papers
 def test_the_number_of_classes_must_be_said_by_somebody():
     for classes in (None, 0):
         with pytest.raises(InputError, match="--nb-classes is required"):
-            datasets.check_classes(Namespace(num_classes=None), classes)
+            datasets.fit_classes(Namespace(num_classes=None), classes)
 
 
 def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
@@ -189,6 +189,19 @@ def test_some_of_imagenet_s_classes_get_its_labels_by_their_names_or_by_a_map(sh
     assert [label for _, label in images] == [2, 0]
     with pytest.raises(InputError, match=r"^here has 2 classes, the checkpoint 3; .*--class-map"):
         datasets.relabel(datasets.load_images(args, train=False), 3, "here", ["cat", "dog"])
+
+
+def test_a_network_of_all_of_imagenet_s_classes_sees_its_labels_in_some_of_them(shared_args, tmp_path):
+    for names, labels in ((("n01443537", "n15075141"), [1, 999]), (("cat", "dog"), [0, 1])):
+        args = named(shared_args, "IMNET", images_in(tmp_path / names[0], *names))
+        images = datasets.load_images(args, train=True)
+        datasets.fit_classes(images, 1000)
+        assert [label for _, label in images] == labels
+        (batch,) = datasets.test_loader(tiny_vit(num_classes=1000), args)
+        assert batch[1].tolist() == labels
+        images = datasets.load_images(args, train=True)
+        datasets.fit_classes(images, 2)
+        assert [label for _, label in images] == [0, 1], "a classifier of their own"
 
 
 def test_a_folder_of_the_paper_s_code_is_understood(tmp_path):

@@ -229,6 +229,8 @@ def test_the_stages_read_a_saved_folder_at_any_input_size_and_a_fine_tuned_check
     assert loaded.one_size and loaded.spec == SPEC and loaded.table.steps == [WIDTHS]
     assert not loaded.cut(WIDTHS).training
     assert torch.equal(loaded.cut(WIDTHS)(images), subnet(images))
+    with pytest.raises(InputError, match="is one sub-network of one size"):
+        loaded.cut(Widths((8, 8, 0, 0), (256, 0, 8, 0)))
     larger = load_supernet(tmp_path, input_size=32)
     assert larger.spec.img_size == 32 and larger.supernet.pos_embed.shape[1] == 65
     assert larger.supernet(random_images(1, size=32)).shape == (1, 10)

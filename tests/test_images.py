@@ -11,6 +11,7 @@ from test_data_and_weights import named, training_args
 
 import datasets
 from engine import evaluate
+from models.subnet import latency
 from utils import InputError
 
 CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
@@ -51,6 +52,16 @@ def test_cmyk_palette_transparent_and_one_pixel_images_load(tmp_path):
             datasets.eval_transform(config),
         ):
             assert transform(single).shape == (3, size, size)
+
+
+def test_images_need_not_be_square():
+    model = tiny_vit(img_size=(48, 32))
+    config, image, cpu = datasets.data_config(model), Image.fromarray(NOISE), torch.device("cpu")
+    assert config["input_size"] == (3, 48, 32) and config["crop_mode"] == "center"
+    for transform in (datasets.train_transform(training_args(Namespace()), config), datasets.eval_transform(config)):
+        assert transform(image).shape == (3, 48, 32)
+    (seconds,) = latency.measure([model], cpu, latency.Conditions.of(model, cpu, 2, "none"))
+    assert seconds > 0
 
 
 @pytest.fixture

@@ -218,6 +218,45 @@ def test_a_task_of_slurm_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
     assert str(utils.start_up(Namespace(device="auto", seed=0))) == "cuda:0"
 
 
+def test_gpus_of_several_kinds_scale_their_gradients_alike(monkeypatch):
+    monkeypatch.setattr(utils, "resolve_amp", lambda *_: "bf16")
+    for others, chosen in ((["bf16", "bf16"], "bf16"), (["bf16", "fp16"], "fp16")):
+        monkeypatch.setattr(utils, "gather", lambda _, others=others: others)
+        args = Namespace(device="cpu", amp="auto", seed=0)
+        utils.start_up(args)
+        assert args.amp == chosen
+
+
+def test_a_bug_on_one_of_several_ranks_is_a_traceback_at_once(monkeypatch, capsys):
+    """And not after the other ranks' collectives, in which the end of the process group may wait for it."""
+    ends = []
+
+    def ended(code):
+        ends.append(code)
+        raise SystemExit(code)
+
+    def main(args):
+        raise (KeyError if args == "bug" else MemoryError)("here")
+
+    monkeypatch.setattr(utils, "is_distributed", lambda: True)
+    monkeypatch.setattr(utils.os, "_exit", ended)
+    monkeypatch.setenv(utils.TRACEBACK, "1")
+    for kind in ("bug", "known"):
+        with pytest.raises(SystemExit):
+            utils.run_stage(main, kind)
+        assert "Traceback" in (words := capsys.readouterr().err) and "here" in words
+    assert ends == [1, 1]
+
+
+def test_a_signal_before_training_begins_says_that_nothing_is_saved(capsys):
+    def stopped(_):
+        raise utils.Interrupted
+
+    with pytest.raises(SystemExit, match=str(utils.STOPPED)):
+        utils.run_stage(stopped, Namespace())
+    assert capsys.readouterr().err == "stopped by a signal, before there was anything to save\n"
+
+
 def test_ctrl_c_while_ranks_start_is_no_failure_that_torchrun_restarts(tmp_path, monkeypatch, capsys):
     def pressed(_):
         raise KeyboardInterrupt
@@ -243,13 +282,13 @@ def as_rank(rank, port):
     dropout.branch_removal = skewed
 
 
-def test_ranks_that_grow_different_tables_stop_before_anything_is_written(start, tmp_path):
+def run_as_ranks(commands, patch, folder):
+    """What each of two ranks prints, which run main_train.py by a command of their own and must be refused."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [*OPTIONS, "--pretrained", start, "--output-dir", tmp_path / "out", "--batch-size", "64"]
-    files = [tmp_path / f"words{rank}.txt" for rank in range(2)]
-    of_rank = [("main_train.py", command, (as_rank, rank, port), files[rank]) for rank in range(2)]
+    files = [folder / f"words{rank}.txt" for rank in range(2)]
+    of_rank = [("main_train.py", commands[rank], (patch, rank, port), files[rank]) for rank in range(2)]
     ranks = [CONTEXT.Process(target=child, args=args) for args in of_rank]
     for process in ranks:
         process.start()
@@ -257,7 +296,25 @@ def test_ranks_that_grow_different_tables_stop_before_anything_is_written(start,
         process.join(200)
         process.kill()
     assert [process.exitcode for process in ranks] == [2, 2]
-    for file in files:
-        (line,) = [line for line in file.read_text().splitlines() if "error" in line]
+    return [[line for line in file.read_text().splitlines() if "error" in line] for file in files]
+
+
+def test_ranks_that_grow_different_tables_stop_before_anything_is_written(start, tmp_path):
+    command = [*OPTIONS, "--pretrained", start, "--output-dir", tmp_path / "out", "--batch-size", "64"]
+    for (line,) in run_as_ranks([command] * 2, as_rank, tmp_path):
         assert line == "error: epoch 0: the ranks grew different width tables; their data or weights must differ"
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_ranks_that_read_different_weights_stop(start, tmp_path):
+    """As on machines with disks of their own, of which one has the weights of another day."""
+    content = read_checkpoint(start)
+    content["model"]["head.bias"] += 1
+    (tmp_path / "other").mkdir()
+    torch.save(content, tmp_path / "other" / start.name)
+    paths = [start, tmp_path / "other" / start.name]
+    commands = [
+        [*OPTIONS, "--pretrained", path, "--output-dir", tmp_path / "out", "--batch-size", "64"] for path in paths
+    ]
+    for (line,), path in zip(run_as_ranks(commands, as_rank, tmp_path), paths, strict=True):
+        assert line.startswith(f"error: --pretrained {path} and what lies beside it: not every rank reads the same")

@@ -293,6 +293,67 @@ def test_going_back_to_a_checkpoint_gives_up_what_is_later(tmp_path, capsys):
     assert (again.epoch, again.updates, again.max_accuracy) == (2, 0, 0.0)
 
 
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_later_life_of_a_run_that_began_at_a_file_goes_on_and_not_back(count, tmp_path, monkeypatch):
+    write_checkpoints(tmp_path, 3)
+    file = str(tmp_path / "checkpoint_0.pth")
+    monkeypatch.setenv(count, "1")
+    run = new_run(tmp_path, resume=file)  # the life before ended before it had written anything
+    run.resume(tmp_path)
+    with run.files(tmp_path):
+        pass
+    assert run.epoch == 1 and not (tmp_path / "checkpoint_2.pth").exists()
+    for epoch in (1, 2):
+        run.begin_epoch(epoch)
+        run._save_epoch(best=False)
+    again = new_run(tmp_path, resume=file)
+    again.resume(tmp_path)
+    with again.files(tmp_path):
+        pass
+    assert again.epoch == 3 and (tmp_path / "checkpoint_2.pth").exists()
+    monkeypatch.delenv(count)
+    by_hand = new_run(tmp_path, resume=file)
+    by_hand.resume(tmp_path)
+    assert by_hand.epoch == 1
+
+
+def test_updates_that_overflow_in_fp16_are_counted_and_end_if_they_do_not_stop(tmp_path):
+    run = new_run(tmp_path)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+
+    def update(value):
+        for parameter in run.model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        run.scaler.scale(torch.ones(()))
+        run.update(0)
+
+    update(float("inf"))
+    assert run.overflowed == 1 and all(torch.equal(before[n], v) for n, v in run.model.state_dict().items())
+    update(1e-6)
+    assert run.overflowed == 1 and any(not torch.equal(before[n], v) for n, v in run.model.state_dict().items())
+    run.save_mid_epoch()
+    again = new_run(tmp_path)
+    again.resume(tmp_path)
+    assert again.overflowed == 1
+    update(float("nan"))
+    with pytest.raises(FloatingPointError, match="gradients are not finite at step 0, however small"):
+        update(float("inf"))
+
+
+def test_another_program_s_best_accuracy_is_of_something_else(tmp_path):
+    write_checkpoints(tmp_path, 1)
+    path = tmp_path / "checkpoint_0.pth"
+    content = read_checkpoint(path) | {"max_accuracy": 81.8}
+    torch.save(content, path)
+    theirs = {name: value for name, value in content.items() if name != "position"}
+    for saved, best in ((content, 81.8), (theirs, 0.0)):
+        torch.save(saved, path)
+        run = new_run(tmp_path)
+        run.restore(path)
+        assert run.max_accuracy == best
+
+
 def test_flags_are_compared_with_those_of_the_checkpoint(tmp_path, capsys):
     write_checkpoints(tmp_path, 1, mask_table="a.json", grow_epochs=5)
     path = tmp_path / "checkpoint_0.pth"

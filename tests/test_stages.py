@@ -240,6 +240,7 @@ def test_saved_sub_networks_go_through_the_stages_and_to_other_data(chain, tmp_p
     )
     assert "has 10 classes: replaced by a new one for 3" in output
     content = read_checkpoint(tuned / "checkpoint_2.pth")
+    assert content["config"]["macs"] == load_supernet(tuned).costs.macs(load_supernet(tuned).table.steps[0])
     assert content["model"]["head.weight"].shape == (3, 64) and content["model"]["pos_embed"].shape == (1, 37, 64)
     run(f"main_test.py {other} --checkpoint {tuned} --save {tmp_path}/last --output-dir {tmp_path}/b")
     config = json.loads((tmp_path / "last/config.json").read_text())

@@ -28,12 +28,12 @@ def main(args):
     images = datasets.load_images(args, train=True)
     classes = args.nb_classes or images.num_classes
     spec = ModelSpec(args.model, classes, args.input_size, args.eval_crop_ratio)
-    datasets.check_classes(images, spec.num_classes)
+    datasets.fit_classes(images, spec.num_classes)
     with utils.name_flag("--model"):
         model = spec.build(drop_path_rate=args.drop_path).to(device)
     output = utils.output_folder(args.output_dir or Path("output/pretrain") / args.model)
     train = datasets.train_loader(images, model, args)
-    test = datasets.eval_loader(datasets.load_images(args, train=False), model, args)
+    test = datasets.test_loader(model, args)
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     run = TrainingRun(model, args, device, len(train))
     run.resume(output)

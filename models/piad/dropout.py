@@ -111,13 +111,12 @@ def draw_step(weights, seed, global_step, *stream):
 @dataclass(frozen=True)
 class Growth:
     """How the list grows: over ``epochs`` epochs, until ``drop_ratio`` of the MACs is gone. measure: a key of
-    importance.MEASURES; objective: a key of statistics.OBJECTIVES; amp: autocast."""
+    importance.MEASURES; objective: a key of statistics.OBJECTIVES."""
 
     epochs: int = 50
     drop_ratio: float = 0.875
     measure: str = "cost"
     objective: str = "label"
-    amp: str = "none"
 
 
 class DropoutList:
@@ -160,15 +159,16 @@ class DropoutList:
     def grow(self, supernet, proxy, epoch):
         """Append what the target of ``epoch`` asks for, by the importance of the units of the present last step.
 
-        proxy: iterable of (images, labels, positions), this rank's share of the proxy set; it is gone through twice.
+        proxy: iterable of (images, labels, positions), this rank's share of the proxy set; it is gone through twice,
+        without autocast: gradients of single activations are below what fp16 holds, and bf16 ranks less precisely.
         Raises RanksDisagree if the ranks do not arrive at the same list.
         """
         if self.growth is None or self._cost_of_last() <= self._target(epoch):
             return
         growth, last = self.growth, self.table.steps[-1]
         set_widths(supernet, last)
-        value, without = branch_removal(supernet, proxy, growth.measure, growth.amp)
-        statistics = collect_statistics(supernet, proxy, OBJECTIVES[growth.objective], moments=False, amp=growth.amp)
+        value, without = branch_removal(supernet, proxy, growth.measure)
+        statistics = collect_statistics(supernet, proxy, OBJECTIVES[growth.objective], moments=False)
         sign = -1 if growth.measure == "accuracy" else 1
         gammas = sensitivity(sign * value, [sign * v for v in without])
         importance = unit_importance(gammas, statistics, last, self.units, self.costs.units())

@@ -89,7 +89,7 @@ MEASURES = {
 
 
 @torch.inference_mode()
-def branch_removal(supernet, batches, measure="cost", amp="none"):
+def branch_removal(supernet, batches, measure="cost"):
     """Mean cross-entropy (or accuracy) of a super-network at its present widths, and with each branch removed (paper,
     PIAD). measure: a key of MEASURES.
 
@@ -102,8 +102,7 @@ def branch_removal(supernet, batches, measure="cost", amp="none"):
     with frozen(supernet):
         for images, labels, _ in batches:
             images, labels = images.to(device), labels.to(device)
-            with utils.autocast(device, amp):
-                sums += _branch_removal_of_batch(supernet, own, images, labels, MEASURES[measure])
+            sums += _branch_removal_of_batch(supernet, own, images, labels, MEASURES[measure])
             count += len(labels)
     count = utils.all_reduce(torch.tensor(float(count), dtype=torch.float64, device=device))
     value, *without = (utils.all_reduce(sums) / count).tolist()

@@ -19,7 +19,8 @@ WARM_UP, REPEATS = 3, 15
 @dataclass(frozen=True)
 class Conditions:
     """What a latency holds for: the device by name, CPU threads (None on a GPU), images per batch, pixels, autocast,
-    and timm's name of the model (None in files that are older than this entry)."""
+    timm's name of the model (None in files that are older than this entry), and the width of images that are not
+    square."""
 
     device: str
     threads: int | None
@@ -27,11 +28,14 @@ class Conditions:
     img_size: int
     amp: str
     model: str | None = None
+    img_width: int | None = None
 
     @classmethod
     def of(cls, model, device, batch_size, amp):
         threads = torch.get_num_threads() if device.type == "cpu" else None
-        return cls(utils.machine_name(device), threads, batch_size, model.patch_embed.img_size[0], amp, _name_of(model))
+        height, width = model.patch_embed.img_size
+        size = utils.machine_name(device), threads, batch_size, height, amp, _name_of(model)
+        return cls(*size, width if width != height else None)
 
     def same_model(self, model):
         """Whether ``model`` may be the one that was measured: of the same architecture, or not known."""
@@ -64,7 +68,8 @@ def measure(networks, device, conditions):
 
 
 def _measure(networks, device, conditions):
-    images = torch.randn(conditions.batch_size, 3, conditions.img_size, conditions.img_size, device=device)
+    height, width = conditions.img_size, conditions.img_width or conditions.img_size
+    images = torch.randn(conditions.batch_size, 3, height, width, device=device)
     seconds = [[] for _ in networks]
     with utils.autocast(device, conditions.amp):
         for _ in range(WARM_UP + REPEATS):

@@ -78,7 +78,10 @@ class SuperNetwork:
         return Budget.of(**budget).choose(self.table, self.costs).widths
 
     def slice(self, widths):
-        """The stand-alone network of ``widths``, cut as it is, in eval mode."""
+        """The stand-alone network of ``widths``, cut as it is, in eval mode. Raises InputError for widths that a
+        sub-network does not have."""
+        if self.one_size and widths != self.table.steps[0]:
+            raise InputError(f"{self.source}: is one sub-network of one size; other widths need the super-network")
         return copy.deepcopy(self.supernet).eval() if self.one_size else extract(self.supernet, widths)
 
     def cut(self, widths=None, **budget):

@@ -81,8 +81,11 @@ def _of_attention(branch, sums, rewrite):
     halves, as_it_is = [rewritten(half) for half in sums.inputs.apart], torch.arange(len(mean), device=mean.device)
     shrinkage = choose_shrinkage(halves, weight, sums.mean_gram, as_it_is)
     factor = factorise(shrunk(covariance, shrinkage))
-    errors = unit_errors(weight, factor, sums.mean_gram).unflatten(0, (-1, heads)).sum(1)
-    return errors + rewrite.lost, weight, factor, mean
+    if branch.part.can(Transform.COMPENSATION) or branch.indivisible:  # which goes as a whole, and leaves its mean
+        errors = unit_errors(weight, factor, sums.mean_gram)
+    else:
+        errors = plain_errors(weight, covariance + mean.outer(mean), sums.mean_gram)
+    return errors.unflatten(0, (-1, heads)).sum(1) + rewrite.lost, weight, factor, mean
 
 
 def _of_mlp(branch, sums, rewrite):
@@ -122,6 +125,13 @@ def unit_errors(weight, factor, gram):
     # Above the diagonal F holds nothing.
     carried = torch.cat([weight[:, part[0] :] @ factor[part[0] :, part] for part in parts], 1)
     return (carried * (gram @ carried)).sum(0).clamp(min=0)
+
+
+def plain_errors(weight, moment, gram):
+    """What entry j adds to E|G^(1/2) W[:, j:] x[j:]|^2, [n], if nothing makes up for it: weight [D, n], moment E x x^T
+    [n, n], gram [D, D]. Negative ones, of entries that cancel others, count nothing."""
+    losses = (weight.mT @ gram @ weight) * moment
+    return (2 * losses.triu().sum(1) - losses.diagonal()).clamp(min=0)
 
 
 def fold(weight, bias, factor, mean, kept, inverse=None):
@@ -307,7 +317,8 @@ def save_compensation(compensation, supernet, path, weights):
         }
         with utils.atomic_file(path) as temporary:
             # Not save_file, which makes files that their owner alone can read.
-            temporary.write_bytes(as_safetensors(tensors, weights=weights))
+            size = "x".join(map(str, supernet.patch_embed.img_size))
+            temporary.write_bytes(as_safetensors(tensors, weights=weights, img_size=size))
 
 
 def load_compensation(path, supernet, weights):
@@ -323,6 +334,9 @@ def load_compensation(path, supernet, weights):
         raise InputError(
             f"{path}: measured on other weights than these; cut without compensation, or run stage 1 again"
         )
+    size, measured = "x".join(map(str, supernet.patch_embed.img_size)), metadata.get("img_size")
+    if measured not in (None, size):
+        utils.print_once(f"note: {path}: measured on images of {measured} pixels, and these are of {size}")
     return [_read_one(tensors, branch, path) for branch in branches(supernet)]
 
 

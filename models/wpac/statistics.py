@@ -230,8 +230,10 @@ def collect_statistics(supernet, batches, objective, moments=True, hidden=False,
         hidden: also collect what compensation needs, M x M and H d x H d float64 numbers per block.
     Returns 2L BranchStatistics, those of attention AttentionStatistics, in the order of Widths.flat, summed over ranks.
     Parameters get no gradient, and the training mode is put back. Raises InputError if an activation or gradient is not
-    finite, and if no image was seen.
+    finite, if no image was seen, and for fp16, which cannot hold the gradients of single activations.
     """
+    if amp == "fp16":
+        raise InputError("--amp fp16: gradients of single activations are below its range; give none or bf16")
     device = next(supernet.parameters()).device
     kinds = {"attn": _AttentionTap, "mlp": _MlpTap}
     taps = [kinds[branch.name](branch, device, moments, hidden) for branch in branches(supernet)]
