@@ -551,9 +551,12 @@ def check_alike(source, text):
 def from_main(compute):
     """The result of ``compute()``, which only the main rank calls, on every rank. It may take hours: the others wait by
     the ranks' store, for a collective would give up after its timeout."""
-    result, name = compute() if is_main() else None, f"from_main_{next(_calls)}"
-    for store in _stores[-1:] if is_distributed() else ():
-        store.set(name, "done") if is_main() else store.wait([name], timedelta(days=7))
+    name = f"from_main_{next(_calls)}"
+    try:
+        result = compute() if is_main() else None
+    finally:  # after an error too, so that the others find the main rank gone
+        for store in _stores[-1:] if is_distributed() else ():
+            store.set(name, "done") if is_main() else store.wait([name], timedelta(days=7))
     return gather(result)[0]
 
 
