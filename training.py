@@ -293,7 +293,8 @@ class TrainingRun:
             position = content.get("position", {})
             # Another program's is the accuracy of something else.
             self.max_accuracy = float(content.get("max_accuracy", 0.0)) if position else 0.0
-            self.updates, self.losses, self.skipped = (int(position.get(name, 0)) for name in COUNTS)
+            for name in COUNTS:
+                setattr(self, name, int(position.get(name, 0)))
             self.loss_sum += position.get("loss_sum", 0.0)
         except Exception as error:  # each raises whatever a state of something else makes it
             raise InputError(f"--resume {path}: cannot be resumed from ({type(error).__name__}: {error})") from None

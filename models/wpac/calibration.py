@@ -13,6 +13,7 @@ from torch import nn
 import utils
 from models.vit.families import Transform, branch_in, leading
 from models.vit.supernet import Replay, at_widths, block_inputs, branches, frozen, full_widths, hooks, swapped
+from models.wpac.moments import SymmetricSum, zeros
 
 # Strength of the pull towards the weights before the refit, relative to the mean square of the inputs. With less, and
 # with tokens weighted by |dC/dx|^2, which a few of them carry alone, a refit on 64 images did harm (docs/stage1.md).
@@ -53,12 +54,9 @@ def calibrate(subnets, supernet, batches, objective):
 
 
 def _begin(subnets, supernet, batch, objective):
-    images, device = batch[0], next(supernet.parameters()).device
-    weights = token_weights(supernet, batch, objective)
-    with torch.no_grad():
-        inputs, _ = block_inputs(supernet, images.to(device), supernet.forward_features)
-    contexts = {path: (args[1:], kwargs) for path, (args, kwargs) in inputs.items()}
-    return _Batch(images.to(device), contexts, weights, [None] * len(subnets))
+    contexts, weights = observe(supernet, batch, objective)
+    images = batch[0].to(next(supernet.parameters()).device)
+    return _Batch(images, contexts, weights, [None] * len(subnets))
 
 
 def _calibrate_block(subnets, supernet, pair, state):
@@ -68,18 +66,20 @@ def _calibrate_block(subnets, supernet, pair, state):
         batch.teacher = _input_of(supernet, path, batch, batch.teacher)
     targets = [_run(block, batch.teacher, *batch.contexts[path]) for batch in state]
     for index, subnet in enumerate(subnets):
-        inputs = [_input_of(subnet, path, batch, batch.students[index]) for batch in state]
+        inputs, outputs = [_input_of(subnet, path, batch, batch.students[index]) for batch in state], None
         for branch in pair:
             if branch_in(subnet, branch).module is not None and branch.part.can(Transform.CALIBRATION):
-                _refit(subnet, branch, state, inputs, targets)
-        for batch, given in zip(state, inputs, strict=True):
-            batch.students[index] = _run(subnet.get_submodule(path), given, *batch.contexts[path])["mlp"]
+                outputs = _refit(subnet, branch, state, inputs, targets)
+        for number, batch in enumerate(state):
+            run = _run(subnet.get_submodule(path), inputs[number], *batch.contexts[path]) if outputs is None else None
+            batch.students[index] = run["mlp"] if run else outputs[number]
     for batch, target in zip(state, targets, strict=True):
         batch.teacher = target["mlp"]
 
 
-def token_weights(supernet, batch, objective):
-    """{str(branch): |dC/dx|, [B, ...], of the residual stream after it}, in the full network."""
+def observe(supernet, batch, objective):
+    """({path of a block: what the full network calls it with besides the residual stream}, {str(branch): |dC/dx|, [B,
+    ...], of that stream after it})."""
     found, handles, device = {}, [], next(supernet.parameters()).device
 
     def watch(name):
@@ -92,9 +92,13 @@ def token_weights(supernet, batch, objective):
         # The gradient at a branch's output equals the one at the residual stream that it is added to.
         handles.append(branch.drop_path.register_forward_hook(watch(str(branch))))
     images, labels, positions = batch
+
+    def there_and_back(images):
+        objective(supernet, images, labels.to(device), positions).backward()
+
     with frozen(supernet), hooks(handles), torch.enable_grad():
-        objective(supernet, images.to(device).requires_grad_(), labels.to(device), positions).backward()
-    return found
+        inputs, _ = block_inputs(supernet, images.to(device).requires_grad_(), there_and_back)
+    return {path: (args[1:], kwargs) for path, (args, kwargs) in inputs.items()}, found
 
 
 def _input_of(model, path, batch, given):
@@ -122,42 +126,50 @@ def _layout(cut, block, tensor):
     return attention.seen.flatten(0, -2)
 
 
-def _run(block, x, args, kwargs, tapped=None):
-    """{'attn', 'mlp': the residual stream after each branch of a block, 'tapped': the input of layer ``tapped``}."""
+def _run(block, x, args, kwargs, tapped=None, whole=True):
+    """{'attn', 'mlp': the residual stream after each branch of a block, 'tapped': the input of layer ``tapped``}.
+    Without the ``whole`` block, its MLP is left out."""
     found, holder, handles = {"attn": x}, getattr(block, "fn", block), []
     if hasattr(holder, "drop_path1"):
         hook = holder.drop_path1.register_forward_hook(lambda _m, _i, added: found.update(attn=x + added))
         handles.append(hook)
     if tapped:
         handles.append(tapped.register_forward_pre_hook(lambda _m, given: found.update(tapped=given[0])))
-    with hooks(handles):
+    with hooks(handles), swapped(holder, {} if whole or not hasattr(holder, "mlp") else {"mlp": nn.Identity()}):
         found["mlp"] = block(x, *args, **kwargs)
     return found
 
 
 def _refit(subnet, branch, state, inputs, targets):
-    """Weighted ridge regression of the branch's output layer towards its present weights, float64, all ranks' sums."""
+    """Weighted ridge regression of the branch's output layer towards its present weights, float64, all ranks' sums.
+
+    Returns the residual stream after the MLP, of every batch; None after attention, or if there is nothing to refit.
+    """
     block, cut = subnet.get_submodule(branch.path), branch_in(subnet, branch)
     linear = getattr(cut.module, branch.part.output)
     gamma = torch.as_tensor(branch.scale, dtype=torch.float64, device=linear.weight.device)
     if linear.bias is None or bool((gamma == 0).any()):
-        return
-    size = linear.in_features + 1
-    gram = torch.zeros(size, size, dtype=torch.float64, device=linear.weight.device)
-    cross = gram.new_zeros(size, linear.out_features)
+        return None
+    size, runs = linear.in_features + 1, []
+    sums = SymmetricSum(1, size, linear.weight.device)
+    cross = zeros(size, linear.out_features, device=linear.weight.device)
     present = torch.cat((linear.weight, linear.bias[:, None]), 1).double()
     for batch, given, target in zip(state, inputs, targets, strict=True):
-        run = _run(block, given, *batch.contexts[branch.path], linear)
+        run = _run(block, given, *batch.contexts[branch.path], linear, whole=branch.name == "mlp")
         left = target[branch.name] - (given if branch.name == "attn" else run["attn"])
         a = leading(run["tapped"], getattr(branch.part, "heads", 1), linear.in_features).double().flatten(0, -2)
-        a = torch.cat((a, torch.ones_like(a[:, :1])), 1)
-        residual = _layout(cut, block, left).double() / gamma - a @ present.mT
         omega = batch.weights[str(branch)].view(*left.shape[:-1], 1)
-        weighted = a * _layout(cut, block, omega).double()
-        gram += weighted.mT @ a
-        cross += weighted.mT @ residual
-    gram, cross = utils.all_reduce(gram), utils.all_reduce(cross)
+        root = _layout(cut, block, omega).double().sqrt()
+        weighted = torch.cat((a, torch.ones_like(a[:, :1])), 1) * root
+        sums.add(weighted[None])
+        cross += weighted.mT @ (_layout(cut, block, left).double() / gamma * root)
+        runs.append(run if branch.name == "mlp" else None)
+    sums.all_reduce()
+    gram = sums.dense()[0]
     pull = RIDGE * gram.diagonal().mean() * torch.eye(size).to(gram)
-    change = torch.linalg.solve(gram + pull, cross).mT
+    change = torch.linalg.solve(gram + pull, utils.all_reduce(cross) - gram @ present.mT).mT
     linear.weight += change[:, :-1].to(linear.weight)
     linear.bias += change[:, -1].to(linear.bias)
+    if branch.name == "attn":
+        return None
+    return [run["attn"] + branch.scale * linear(run["tapped"]) for run in runs]
