@@ -262,7 +262,7 @@ class TrainingRun:
                 continue
             if not utils.all_the_same(f"{path.name} {digest(content['model'])}"):
                 raise utils.RanksDisagree(
-                    f"--resume {self.args.resume}: not every rank reads the same {path}; see the storage"
+                    f"--resume {self.args.resume}: not every rank can read {path}, or the same one; see the storage"
                 )
             return path, content
         if tried:

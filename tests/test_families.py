@@ -232,7 +232,7 @@ def test_saved_and_exported_networks_need_none_of_our_code(family, tmp_path, mon
     spec, supernet = ModelSpec("small", family.classes, family.size), as_supernet(family.build())
     widths = next(some_widths(supernet))
     subnet = extract(supernet, widths)
-    export.save(subnet, subnet_config(subnet, spec, widths, Costs.of(supernet), 0.875), tmp_path, ["onnx", "pt2"])
+    export.save(subnet, subnet_config(subnet, spec, widths, Costs.of(supernet)), tmp_path, ["onnx", "pt2"])
     again, images = load_subnetwork(tmp_path), random_images(4, size=family.size)
     assert torch.equal(subnet(images), again(images))
     assert list(timm.data.resolve_data_config(model=again)["input_size"]) == [3, family.size, family.size]

@@ -172,4 +172,5 @@ def _refit(subnet, branch, state, inputs, targets):
     linear.bias += change[:, -1].to(linear.bias)
     if branch.name == "attn":
         return None
-    return [run["attn"] + branch.scale * linear(run["tapped"]) for run in runs]
+    # In the shape that the block returns: some flatten it for their MLP.
+    return [run["attn"] + (branch.scale * linear(run["tapped"])).view_as(run["attn"]) for run in runs]
