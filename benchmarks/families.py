@@ -74,7 +74,8 @@ def main(args):
         print(*rows[-1], flush=True)
     text = (
         f"Top-1 in % on 599 digits, mean ± standard deviation of {args.seeds} seeds; sub-networks of one set of widths"
-        f" (ours), cut without training; {utils.machine_name(torch.device('cpu'))}. `python benchmarks/families.py`\n"
+        f" (ours), cut without training; {torch.get_num_threads()} thread(s) of"
+        f" {utils.machine_name(torch.device('cpu'))}. `python benchmarks/families.py`\n"
     )
     utils.save_text("\n".join([text, *common.markdown(["", "full", *columns], rows)]) + "\n", args.output)
 
