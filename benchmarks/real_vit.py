@@ -1,9 +1,10 @@
 """A real pre-trained ViT, cut without any training: top-1, agreement with the full network, and KL to it.
 
 A linear classifier is fitted on the frozen features (scikit-learn); nothing else is trained. Every method cuts to the
-same widths: those of our width table at shares of the MACs, and the same share of all widths (others' ridge
-compensation at these alone). What has been measured lies in --work, so a run that was stopped goes on, and the methods
-can be measured in several runs; seconds are added up. Writes <output>.json, .md and .png.
+same widths: those of our width table at shares of the MACs, and, where it is compared with others' ridge compensation,
+the same share of all widths, at which that is measured alone. --every-size measures all methods at both. What has been
+measured lies in --work, so a run that was stopped goes on, and the methods can be measured in several runs; seconds are
+added up. Writes <output>.json, .md and .png.
 """
 
 import functools
@@ -35,6 +36,7 @@ METHODS = {
     f"ours, calibrated on {CALIBRATION_IMAGES} images": ("balanced", "greedy", "label", "calibrated"),
 }
 OURS, RIDGE, OTHERS = "ours, compensated", "Taylor order, ridge compensation", list(METHODS)[1:3]
+COMPARED = (OURS, *OTHERS)  # at the same share of all widths too
 
 
 def get_args():
@@ -47,6 +49,8 @@ def get_args():
     parser.add_argument("--test-images", type=utils.positive_int, default=512)
     words = f"rows to print beside '{OURS}', with which they are compared"
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help=words)
+    words = "measure all rows at the same share of all widths too, half an hour more on two cores"
+    parser.add_argument("--every-size", action="store_true", help=words)
     parser.add_argument("--work", type=Path, default=Path("output/real_vit"))
     parser.add_argument("--output", type=Path, default=Path("docs/real_vit"), help="path without suffix")
     return parser.parse_args()
@@ -118,7 +122,8 @@ class Bench(common.Bench):
     def scores(self, name):
         """{size: what ``score`` gives} of a method, each measured unless it has been."""
         *start, way = METHODS[name]
-        sizes = {size: w for size, w in self.sizes(start[-1]).items() if name != RIDGE or size.endswith("widths")}
+        uniform, shares = self.args.every_size or name in COMPARED, name != RIDGE
+        sizes = {size: w for size, w in self.sizes(start[-1]).items() if (uniform if is_uniform(size) else shares)}
         missing = [widths for size, widths in sizes.items() if f"{name}, {size}" not in self.results]
         if missing:
             supernet, compensation = self.start(*start)
@@ -135,6 +140,11 @@ class Bench(common.Bench):
         kl = F.kl_div(logs, self.reference, log_target=True, reduction="batchmean").item()
         same, top1 = agreement(logs, self.reference.argmax(1)), agreement(logs, self.labels)
         return {"top1": top1, "agreement": same, "kl": kl, "seconds": seconds, "widths": widths.as_dict()}
+
+
+def is_uniform(size):
+    """Whether a size is the same share of all widths."""
+    return size.endswith("widths")
 
 
 @torch.inference_mode()
@@ -173,7 +183,7 @@ def report(bench, found, args, device):
     yield (
         f"# {args.model} on {args.data_set}, cut without training\n\n`python benchmarks/real_vit.py --model "
         f"{args.model}{weights} --data-set {args.data_set} --proxy-samples {args.proxy_samples} --test-images "
-        f"{args.test_images}`, {len(found)} of {len(METHODS)} rows (`--methods`); "
+        f"{args.test_images}{' --every-size' * args.every_size}`, {len(found)} of {len(METHODS)} rows (`--methods`); "
         f"{torch.get_num_threads()} thread(s) of {utils.machine_name(device)}. The full network: top-1 {full:.1f}.\n\n"
         "Each cell: top-1 in % / agreement with the full network in % / KL to it in nats. One network, one seed: one "
         f"image is {100 / len(bench.labels):.2f} points, so read the KL.\n"
@@ -184,7 +194,12 @@ def report(bench, found, args, device):
     seconds = {name: value for name, value in bench.results.items() if isinstance(value, float)}
     for name, rows in found.items():
         seconds[f"testing at {len(rows)} sizes, {name}"] = sum(row["seconds"] for row in rows.values())
-    seconds["all together"] = sum(seconds.values())
+    total, more = sum(seconds.values()), 0.0
+    for name, rows in found.items():
+        if name not in COMPARED:  # cut by themselves, if a first run was without --every-size
+            more += sum(row["seconds"] for size, row in rows.items() if is_uniform(size))
+            more += seconds.get(f"cutting to {len(UNIFORM)} sizes, {name}", 0)
+    seconds |= {"all together": total} | ({"without what --every-size adds": total - more} if more else {})
     yield from common.markdown(["", "s"], [[name, f"{value:.0f}"] for name, value in seconds.items()])
 
 
