@@ -21,6 +21,7 @@ from torchvision import datasets as tv
 from torchvision import transforms as T
 
 import utils
+from models.vit.pretrained import uncropped
 from utils import InputError, first_line, nearest
 
 # So many images in a row that cannot be read are no accident.
@@ -290,7 +291,7 @@ def train_transform(args, config):
         auto_augment=args.aa or None, interpolation=config["interpolation"], re_prob=args.reprob, re_mode="pixel",
         mean=config["mean"], std=config["std"],
     )  # fmt: skip
-    if max(size) <= 32:
+    if uncropped(*size):
         # As in DeiT: images this small are shifted, not cropped to a fraction of their area.
         interpolation = str_to_interp_mode(config["interpolation"])
         shift = T.Compose([T.Resize(size, interpolation), T.RandomCrop(size, padding=max(size) // 8)])
@@ -316,8 +317,7 @@ def data_config(model):
     interpolation, crop_pct and crop_mode. Images of up to 32 pixels are only resized."""
     config, embedding = resolve_data_config(model=model), getattr(model, "patch_embed", None)
     size = embedding.img_size if hasattr(embedding, "img_size") else config["input_size"][1:]
-    small = {"crop_pct": 1.0, "crop_mode": "squash"} if max(size) <= 32 else {}
-    return config | small | {"input_size": (3, *size)}
+    return config | uncropped(*size) | {"input_size": (3, *size)}
 
 
 def between_models(student, teacher):

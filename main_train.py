@@ -46,7 +46,7 @@ def main(args):
     mixup, criterion = mixup_and_criterion(args, spec.num_classes)
     # A sub-network without a branch leaves that branch's parameters out of the backward pass.
     run = TrainingRun(supernet, args, device, len(train), find_unused=dropout.loses_branches)
-    taught = digest(teacher.network.state_dict()) if teacher and teacher.network else None
+    taught = teacher.weights if teacher else None
     if args.compile:
         compile_branches(supernet)
     checkpoint, content = run.resume(output)
@@ -156,7 +156,7 @@ def make_teacher(args, model, remarks):
 def check_files_alike(args, pretrained, weights, teacher):
     """Raise RanksDisagree unless all ranks start from the same weights, table, compensation and teacher."""
     table = WidthTable.load(args.mask_table).to_json() if args.mask_table else None
-    taught = digest(teacher.network.state_dict()) if teacher and teacher.network else None
+    taught = teacher.weights if teacher else None
     there = pretrained.with_name(COMPENSATION_NAME).is_file()
     utils.check_alike(f"--pretrained {pretrained} and what lies beside it", f"{weights} {table} {taught} {there}")
 

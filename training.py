@@ -100,8 +100,9 @@ class TrainingRun:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.overflowed += self.scaler.get_scale() < scale
-        if self.scaler.get_scale() < LEAST_SCALE:
+        before, scale = scale, self.scaler.get_scale()
+        self.overflowed += scale < before
+        if scale < LEAST_SCALE:
             raise FloatingPointError(
                 f"gradients are not finite at step {step}, however small the loss is scaled; the last checkpoint is "
                 "from before it"

@@ -405,9 +405,6 @@ def progress(batches, title, done=0, images=0, unit="batches"):
 # ------------------------------------------------------------------------------------------ devices and ranks
 
 
-_stores, _calls = [], itertools.count()  # the key-value store of the ranks, if there are several; of from_main
-
-
 def start_up(args):
     """Choose device and autocast, join the process group if torchrun or srun started this process, and seed it.
 
@@ -546,6 +543,10 @@ def check_alike(source, text):
     ranks."""
     if not all_the_same(text):
         raise RanksDisagree(f"{source}: not every rank reads the same there; all machines need the same files")
+
+
+_stores = []  # where the ranks of this process keep what they tell each other, once they have joined
+_calls = itertools.count()
 
 
 def from_main(compute):

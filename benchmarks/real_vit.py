@@ -49,7 +49,7 @@ def get_args():
     parser.add_argument("--test-images", type=utils.positive_int, default=512)
     words = f"rows to print beside '{OURS}', with which they are compared"
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help=words)
-    words = "measure all rows at the same share of all widths too, half an hour more on two cores"
+    words = "measure all rows at the same share of all widths too"
     parser.add_argument("--every-size", action="store_true", help=words)
     parser.add_argument("--work", type=Path, default=Path("output/real_vit"))
     parser.add_argument("--output", type=Path, default=Path("docs/real_vit"), help="path without suffix")

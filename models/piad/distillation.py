@@ -1,11 +1,14 @@
 """Teachers: targets beside the labels, from a frozen network or from the full network of the same step."""
 
+from functools import cached_property
+
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from models.vit.pretrained import ALIASES, check_known, default_num_classes, downloading, load_weights, read_checkpoint
+from models.vit.weights import digest
 from utils import ModelError
 
 
@@ -22,6 +25,11 @@ class Distillation:
     def __init__(self, kind, alpha, tau, network=None, prepare=None):
         self.kind, self.alpha, self.tau, self.prepare = kind, alpha, tau, prepare or nn.Identity()
         self.network = network.eval().requires_grad_(False) if network else None
+
+    @cached_property
+    def weights(self):
+        """The digest of the frozen network's weights; None without one."""
+        return digest(self.network.state_dict()) if self.network else None
 
     @torch.no_grad()
     def targets(self, images):

@@ -28,6 +28,7 @@ from models.vit.pretrained import (
     image_shape,
     load_weights,
     read_checkpoint,
+    uncropped,
 )
 from models.vit.supernet import as_stock, as_supernet, set_widths
 from models.vit.weights import digest
@@ -206,11 +207,10 @@ def _load_one_size(path, config, state, input_size, crop_ratio, weights, kwargs)
         costs = Costs.of(subnet)
         set_widths(subnet, widths)  # refuses widths that do not fit
         narrow(as_stock(subnet), widths.attn, widths.mlp)
-        saved = config["pretrained_cfg"]
-        # What small images say of a crop holds for them alone.
-        names = load.TRANSFORM if max(saved.get("input_size", [0])[1:], default=0) > 32 else load.TRANSFORM[:3]
-        own = {name: saved[name] for name in names if name in saved}
-        subnet.pretrained_cfg |= own | centre_crop(crop_ratio) | {"label_names": config.get("label_names")}
+        saved = {name: value for name, value in config["pretrained_cfg"].items() if name in load.TRANSFORM}
+        if uncropped(*config["pretrained_cfg"].get("input_size", (3, 0, 0))[1:]):  # that says nothing of larger images
+            saved = {name: value for name, value in saved.items() if not name.startswith("crop")}
+        subnet.pretrained_cfg |= saved | centre_crop(crop_ratio) | {"label_names": config.get("label_names")}
     except InputError:
         raise
     except Exception as error:  # whatever stands there goes through timm and torch
@@ -253,8 +253,6 @@ def subnet_config(subnet, spec, widths, costs):
     kept += ["license"] * (spec.name not in OWN_SHAPES)
     names = subnet.pretrained_cfg.get("label_names") or ()
     channels, height, width = image_shape(subnet)
-    # As datasets.data_config: small images are resized alone, without a crop.
-    small = {"crop_pct": 1.0, "crop_mode": "squash"} if max(height, width) <= 32 else {}
     return {
         "architecture": architecture,
         "num_classes": spec.num_classes,
@@ -263,7 +261,7 @@ def subnet_config(subnet, spec, widths, costs):
             **{name: subnet.pretrained_cfg[name] for name in kept if subnet.pretrained_cfg.get(name) is not None},
             "num_classes": spec.num_classes,
             "input_size": (channels, height, width),
-            **small,
+            **uncropped(height, width),
         },
         "model_args": arguments,
         **({"label_names": names} if len(names) == spec.num_classes else {}),

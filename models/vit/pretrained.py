@@ -96,6 +96,11 @@ def centre_crop(ratio):
     return {"crop_pct": ratio, "crop_mode": "center"} if ratio else {}
 
 
+def uncropped(height, width):
+    """The same for images of up to 32 pixels, which are only resized; nothing for larger ones."""
+    return {"crop_pct": 1.0, "crop_mode": "squash"} if max(height, width) <= 32 else {}
+
+
 def check_known(name):
     """Raise ModelError unless ``name`` is an alias or a name of timm's."""
     if name not in ALIASES and not timm.is_model(name):

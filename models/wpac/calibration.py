@@ -67,12 +67,14 @@ def _calibrate_block(subnets, supernet, pair, state):
     targets = [_run(block, batch.teacher, *batch.contexts[path]) for batch in state]
     for index, subnet in enumerate(subnets):
         inputs, outputs = [_input_of(subnet, path, batch, batch.students[index]) for batch in state], None
+        cut = subnet.get_submodule(path)
         for branch in pair:
             if branch_in(subnet, branch).module is not None and branch.part.can(Transform.CALIBRATION):
                 outputs = _refit(subnet, branch, state, inputs, targets)
-        for number, batch in enumerate(state):
-            run = _run(subnet.get_submodule(path), inputs[number], *batch.contexts[path]) if outputs is None else None
-            batch.students[index] = run["mlp"] if run else outputs[number]
+        if outputs is None:
+            outputs = [_run(cut, x, *batch.contexts[path])["mlp"] for batch, x in zip(state, inputs, strict=True)]
+        for batch, output in zip(state, outputs, strict=True):
+            batch.students[index] = output
     for batch, target in zip(state, targets, strict=True):
         batch.teacher = target["mlp"]
 
@@ -163,7 +165,8 @@ def _refit(subnet, branch, state, inputs, targets):
         weighted = torch.cat((a, torch.ones_like(a[:, :1])), 1) * root
         sums.add(weighted[None])
         cross += weighted.mT @ (_layout(cut, block, left).double() / gamma * root)
-        runs.append(run if branch.name == "mlp" else None)
+        if branch.name == "mlp":
+            runs.append(run)
     sums.all_reduce()
     gram = sums.dense()[0]
     pull = RIDGE * gram.diagonal().mean() * torch.eye(size).to(gram)

@@ -317,8 +317,7 @@ def save_compensation(compensation, supernet, path, weights):
         }
         with utils.atomic_file(path) as temporary:
             # Not save_file, which makes files that their owner alone can read.
-            size = "x".join(map(str, supernet.patch_embed.img_size))
-            temporary.write_bytes(as_safetensors(tensors, weights=weights, img_size=size))
+            temporary.write_bytes(as_safetensors(tensors, weights=weights, img_size=_pixels(supernet)))
 
 
 def load_compensation(path, supernet, weights):
@@ -334,10 +333,14 @@ def load_compensation(path, supernet, weights):
         raise InputError(
             f"{path}: measured on other weights than these; cut without compensation, or run stage 1 again"
         )
-    size, measured = "x".join(map(str, supernet.patch_embed.img_size)), metadata.get("img_size")
-    if measured not in (None, size):
-        utils.print_once(f"note: {path}: measured on images of {measured} pixels, and these are of {size}")
+    measured, own = metadata.get("img_size"), _pixels(supernet)
+    if measured not in (None, own):
+        utils.print_once(f"note: {path}: measured on images of {measured} pixels, and these are of {own}")
     return [_read_one(tensors, branch, path) for branch in branches(supernet)]
+
+
+def _pixels(supernet):
+    return "x".join(map(str, supernet.patch_embed.img_size))
 
 
 def _read_one(tensors, branch, path):
