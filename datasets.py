@@ -461,7 +461,8 @@ class KeyedSampler:
     def set_epoch(self, epoch, done=0):
         """Go through ``epoch`` next, without its first ``done`` images, which a resumed run has seen."""
         self.epoch, self.done = epoch, done
-        self.base.set_epoch(self.seed + epoch)  # from which alone it is shuffled
+        # From which alone it is shuffled. A prime beyond all epochs: no order of a seed is one of its neighbours'.
+        self.base.set_epoch(1_000_003 * self.seed + epoch)
 
     def __len__(self):
         return len(self.base)

@@ -168,14 +168,16 @@ def test_any_data_set_that_timm_can_open(shared_args, tmp_path):
 def test_the_order_of_the_images_depends_on_the_seed(shared_args):
     images = datasets.load_images(shared_args, train=True)
 
-    def order(seed, repeated):
+    def order(seed, repeated, epoch=2):
         args = training_args(shared_args, repeated_aug=repeated, seed=seed)
         sampler = datasets.train_loader(images, tiny_vit(), args).sampler
-        sampler.set_epoch(2)
+        sampler.set_epoch(epoch)
         return [index for index, _ in sampler]
 
     for repeated in (True, False):
         assert order(0, repeated) == order(0, repeated) != order(1, repeated)
+        assert order(1, repeated) != order(0, repeated, epoch=3), "an order of the neighbour, an epoch later"
+        assert order(2**32 - 1, repeated), "the largest seed"
 
 
 def test_some_of_imagenet_s_classes_get_its_labels_by_their_names_or_by_a_map(shared_args, tmp_path):
