@@ -461,7 +461,7 @@ class KeyedSampler:
     def set_epoch(self, epoch, done=0):
         """Go through ``epoch`` next, without its first ``done`` images, which a resumed run has seen."""
         self.epoch, self.done = epoch, done
-        # From which alone it is shuffled. A prime beyond all epochs: no order of a seed is one of its neighbours'.
+        # From which alone it is shuffled. Seeds lie further apart than the epochs of a run: they share no order.
         self.base.set_epoch(1_000_003 * self.seed + epoch)
 
     def __len__(self):

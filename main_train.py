@@ -21,6 +21,8 @@ from models.wpac.compensation import COMPENSATION_NAME, attach, load_compensatio
 from training import OF_GROWTH, TrainingRun
 from utils import InputError, print_once, with_unit
 
+ENDS = ("largest", "middle", "smallest")  # sub-networks of the table that are tested while training goes on
+
 
 def get_args(argv=None):
     parser = options.stage_parser(__doc__)
@@ -63,9 +65,12 @@ def main(args):
     )
 
     # Each checkpoint also holds the list of sub-networks, which is written beside it at the same time, and names the
-    # weights that the compensation beside it was measured on, and the teacher's.
-    more = {"compensation": weights, "teacher": taught}
+    # weights that the compensation beside it was measured on, the teacher's, and the mean top-1 before training.
+    more = {"compensation": weights, "teacher": taught, "before": content.get("before")}
     with run.files(output, lambda: {"mask_table": dropout.save(output / TABLE_NAME, spec)} | more):
+        if dropout.complete and not run.epoch and not run.updates:
+            more["before"] = evaluate_start(run, dropout.table, test)
+        figures = {}
         for epoch in run.epochs():
             with torch.compiler.set_stance("force_eager"):
                 dropout.grow(supernet, proxy, epoch)
@@ -79,6 +84,8 @@ def main(args):
             if run.board:
                 run.board.add_histogram("drawn_macs", drawn_macs(run, dropout, epoch), epoch)
             run.finish_epoch(figures, score)
+    if more["before"] and figures:
+        note_if_worse(more["before"], figures)
     print_once(f"the last checkpoint is {run.last}; next:")
     options.print_command(args, "main_test.py", "--checkpoint", output)
 
@@ -90,18 +97,37 @@ def drawn_macs(run, dropout, epoch):
     return torch.tensor([dropout.costs.macs(widths) for subnets in draws for widths in subnets])
 
 
-def evaluate_ends(run, table, loader):
-    """Top-1 of the largest, the middle and the smallest sub-network, of the weights and of their average.
+def top1_at_ends(networks, run, table, loader):
+    """Top-1 of the sub-networks ENDS of ``networks``, {prefix: super-network}: {prefix + name: ...}, in this order."""
+    ends = dict(zip(ENDS, (table.steps[0], table.steps[table.last // 2], table.steps[-1]), strict=True))
+    sizes = {prefix + name: (networks[prefix], ends[name]) for prefix in networks for name in ends}
+    found = evaluate_all(list(sizes.values()), loader, run.device, run.args.amp)
+    return {name: figures["top1"] for name, figures in zip(sizes, found, strict=True)}
 
-    Returns ({'test_largest': ..., 'test_ema_largest': ..., ...}, score): the score is the mean top-1 over the three
-    sizes, of the weights or of their average, whichever is higher.
-    """
-    steps = {"largest": 0, "middle": table.last // 2, "smallest": table.last}
+
+def evaluate_start(run, table, loader):
+    """Print what training starts from. Returns the mean top-1 of its ``top1_at_ends``."""
+    top1 = top1_at_ends({"": run.model}, run, table, loader)
+    print_once(f"before training: top-1 {', '.join(f'{name} {value:.2f}' for name, value in top1.items())}")
+    return sum(top1.values()) / len(top1)
+
+
+def evaluate_ends(run, table, loader):
+    """(``top1_at_ends`` of the weights and of their average, score). The score is the mean top-1 over the three sizes,
+    of the weights or of their average, whichever is higher."""
     networks = {"test_": run.model} | ({"test_ema_": run.ema.module} if run.ema else {})
-    sizes = [(network, table.steps[step]) for network in networks.values() for step in steps.values()]
-    top1 = [figures["top1"] for figures in evaluate_all(sizes, loader, run.device, run.args.amp)]
-    names = [prefix + name for prefix in networks for name in steps]
-    return dict(zip(names, top1, strict=True)), max(sum(top1[:3]) / 3, sum(top1[-3:]) / 3)
+    top1 = top1_at_ends(networks, run, table, loader)
+    values = list(top1.values())
+    return top1, max(sum(values[:3]) / 3, sum(values[-3:]) / 3)
+
+
+def note_if_worse(before, figures):
+    """Print a note if the mean top-1 of the three sizes is lower in the ``figures`` of the last epoch than ``before``
+    training."""
+    after = sum(figures[f"test_{end}"] for end in ENDS) / 3
+    if after < before:
+        words = f"the mean top-1 of the three sizes was {before:.2f} before training and is {after:.2f} after it"
+        print_once(f"note: {words}; try a lower --lr, or more --epochs")
 
 
 def build(args, device):

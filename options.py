@@ -87,9 +87,13 @@ def command(args, script, *flags):
 
 
 def words_of(args, *names):
-    """The words of the command line for those of the options ``names`` that have a value."""
+    """The words of the command line for those of the options ``names`` that have a value, or several in a list."""
     named = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    return [word for flag, value in named.items() if value for word in (flag, value)]
+    return [word for flag, value in named.items() if value for word in (flag, *_listed(value))]
+
+
+def _listed(value):
+    return value if isinstance(value, list) else [value]
 
 
 def model_flags(args):

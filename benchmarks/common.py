@@ -229,9 +229,9 @@ def write(output, results, lines, title, charts):
     """Write <output>.json, .md and .png, and print the second. charts: several (x, curves, labels), of curves {name:
     values for each x, as in ``spread``} and labels for ``axes.set``."""
     text, charts = "\n".join(lines) + "\n", list(charts)
-    figure = Figure(figsize=(4.5 * len(charts), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(4.5 * len(charts), 7), 4.5), layout="constrained")
     figure.suptitle(title)
-    for axes, (x, curves, labels) in zip(figure.subplots(1, len(charts)), charts, strict=True):
+    for axes, (x, curves, labels) in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
         for name, points in curves.items():
             means, deviations = zip(*map(spread, points), strict=True)
             style = {"marker": "o", "markersize": 4, "capsize": 2, "linestyle": "--" if name.startswith("no ") else "-"}

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from runs import assert_equal, log_of, stage, torchrun
 
 import datasets
+import main_train
 from models.piad.width_table import WidthTable
 from models.subnet.load import load_subnetwork
 from models.subnet.store import load_supernet
@@ -142,6 +144,33 @@ def test_compensated_slices_are_trained_and_then_cut(chain, tmp_path):
     (folder / "compensation.safetensors").unlink()
     with pytest.raises(InputError, match="not a readable compensation file"):
         load_supernet(folder)
+
+
+def test_training_says_what_it_starts_from(chain, tmp_path):
+    start = chain[1] / "reparam"
+    last = WidthTable.load(start / "mask_table.json").last
+    command = f"main_train.py {TRAINING} --pretrained {start}/reparamed.pth --mask-table auto --epochs 1"
+    output = run(f"{command} --output-dir {tmp_path}/net")
+    told = re.search("before training: top-1 largest (.*), middle (.*), smallest (.*)\n", output).groups()
+    words = f"--op-code 0 {last // 2} {last}"
+    run(f"main_test.py {DIGITS} --checkpoint {start} {words} --output-dir {tmp_path}/test")
+    tops = [row["top1"] for row in rows_of(tmp_path / "test")]
+    assert tops == pytest.approx(list(map(float, told)), abs=0.4), "one image is 0.17"
+    path = tmp_path / "net/checkpoint_0.pth"
+    content = read_checkpoint(path)
+    assert content["before"] == pytest.approx(sum(map(float, told)) / 3, abs=0.01)
+    output = run(f"{command} --output-dir {tmp_path}/net --resume {path}")
+    assert "before training" not in output
+    assert "before" in read_checkpoint(chain[1] / "checkpoint_2.pth"), "of a table that has grown: None"
+
+
+def test_training_that_has_made_things_worse_says_so(capsys):
+    figures = {"train_loss": 1.0, "test_largest": 60.0, "test_middle": 50.0, "test_smallest": 40.0}
+    main_train.note_if_worse(50.1, figures)
+    words = "note: the mean top-1 of the three sizes was 50.10 before training and is 50.00 after it; try a lower --lr"
+    assert words in capsys.readouterr().out
+    main_train.note_if_worse(50.0, figures)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_teacher_from_a_file_or_the_starting_network(chain, pretrained, tmp_path):
