@@ -1,10 +1,11 @@
 """What a GPU makes of this code: stage 1 in bf16 and fp32, training steps eager and compiled, plain and compensated,
-which widths extracted networks are fast at, the attention kernel that PyTorch takes, and what one NCCL rank costs.
+which widths extracted networks are fast at, the attention kernel that PyTorch takes, what one NCCL rank costs, and how
+long a width table grows. --parts measures some of it, into a file of its own.
 Random weights and images. Writes Markdown tables to --output. Without a GPU it runs its smallest case, prints the
 tables and writes nothing."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +16,18 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import utils
+from models.piad.dropout import DropoutList, Growth
+from models.piad.importance import Units
 from models.subnet import latency
+from models.vit.cost import Costs
 from models.vit.supernet import compile_branches, current_widths
 from models.vit.widths import Widths
 from models.wpac.compensation import attach, measure_compensation
 from models.wpac.density import densities
 from models.wpac.rewrite import reparameterise
 from models.wpac.statistics import OBJECTIVES, collect_statistics
+from options import words_of
+from utils import InputError
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 
@@ -38,12 +44,17 @@ class Case:
     updates: int = 5
     rounds: int = 3
     shares: tuple[float, ...] = (1, 2 / 3, 1 / 2, 1 / 3, 1 / 6)
-    amps: tuple[str, ...] = ("bf16", "fp16")
+    amps: tuple[str, ...] = ("none", "bf16", "fp16")
     compiler: str = "inductor"
     ranks: str = "nccl"
 
+    @property
+    def main_amp(self):
+        """The first autocast type, or 'none' if there is no other."""
+        return next((amp for amp in self.amps if amp != "none"), "none")
 
-SMALLEST = Case(("vit_digits",), "vit_digits", 8, 4, 1, 1, (1 / 2,), ("bf16",), "aot_eager", "gloo")
+
+SMALLEST = Case(("vit_digits",), "vit_digits", 8, 4, 1, 1, (1 / 2,), ("none", "bf16"), "aot_eager", "gloo")
 
 
 def with_peak(device, work):
@@ -88,8 +99,8 @@ def compensated(supernet, count):
 
 def variants(case):
     """(words, autocast, change of the super-network) of each way to run a step; slices are plain if nothing is said."""
-    main = case.amps[0]
-    for amp in ("none", *case.amps):
+    main = case.main_amp
+    for amp in case.amps:
         yield "fp32" if amp == "none" else amp, amp, lambda supernet: None
     # The patch embedding is the one convolution.
     yield f"{main}, channels last", main, lambda supernet: supernet.to(memory_format=torch.channels_last)
@@ -120,7 +131,7 @@ def compiled_steps(case, device):
     for change in (lambda supernet: None, partial(compile_branches, backend=case.compiler)):
         supernet = copy.deepcopy(original).to(device)
         compensated(supernet, case.batch_size)
-        rates.append(common.training(supernet, device, case.batch_size, case.updates, case.amps[0])[1])
+        rates.append(common.training(supernet, device, case.batch_size, case.updates, case.main_amp)[1])
         change(supernet)
     for share, widths in zip(case.shares[::-1], common.at_shares(table, costs, case.shares[::-1]), strict=True):
         eager, compiled = (partial(rate, widths) for rate in rates)
@@ -139,7 +150,7 @@ def shapes(case, device):
         many[f"MLPs of {width}, a multiple of {unit}"] = Widths(costs.full.attn, (width,) * depth)
     many["uniform, half of each width"] = common.scaled(costs.full, 0.5, 0.5)
     (many["ragged, as a table has it"],) = common.at_shares(table, costs, [0.5])
-    conditions = latency.Conditions.of(supernet, device, case.batch_size, case.amps[0])
+    conditions = latency.Conditions.of(supernet, device, case.batch_size, case.main_amp)
     yield [str(conditions), "share of the MACs", "images/s", "TMAC/s"]
     networks = [network.to(device) for network in common.cut(supernet, many.values())]
     for (name, widths), ms in zip(many.items(), latency.measure(networks, device, conditions), strict=True):
@@ -180,26 +191,55 @@ def ranks(case, device):
             dist.init_process_group(case.ranks, store=dist.HashStore(), rank=0, world_size=1)
         supernet, how = common.random_supernet(case.subject), options or {}
         full = current_widths(supernet)
-        _, rate = common.training(supernet, device, case.batch_size, case.updates, case.amps[0], **how)
+        _, rate = common.training(supernet, device, case.batch_size, case.updates, case.main_amp, **how)
         rates = common.in_turns([partial(rate, common.scaled(full, s, s)) for s in (1, 1 / 4)], case.rounds)
         if options is not None:
             dist.destroy_process_group()
         yield [words, *(f"{rate:.0f}" for rate in rates)]
 
 
+def growth(case, device):
+    """Rows: seconds in which a width table grows once, of the importance of all units on the proxy set, in fp32."""
+    yield ["", "s to grow once", "MB"]
+    for name in case.models:
+        supernet = common.random_supernet(name).to(device)
+        costs, batches = Costs.of(supernet), common.random_batches(supernet, case.images, case.batch_size)
+        lists = [DropoutList(Units.of(costs.full), costs, growth=Growth(2)) for _ in range(2)]
+        lists[0].grow(supernet, batches[:1], 0)  # to warm up
+        _, seconds, peak = with_peak(device, partial(lists[1].grow, supernet, batches, 0))
+        yield [name, f"{seconds:.2f}", peak]
+
+
 PARTS = {"Stage 1": stage1, "Training steps, images/s": steps, "Extracted networks": shapes}
 PARTS |= {"Attention kernels": attention, "One rank against none": ranks, "Compiled steps": compiled_steps}
+PARTS |= {"A growing table": growth}
+NAMES = [measure.__name__ for measure in PARTS.values()]
+FLAGS = {"device": "auto", "output": "docs/gpu.md", "parts": NAMES}
+CASE_FLAGS = {"models": list(Case.models), "amps": list(Case.amps), "batch_size": Case.batch_size}
+
+
+def case_of(args, device):
+    """The Case that the flags ask for; the smallest without a GPU."""
+    if device.type != "cuda":
+        return SMALLEST
+    return replace(Case(), **{name: getattr(args, name) for name in CASE_FLAGS})
 
 
 def main(args):
     device = utils.choose_device(args.device, "--device")
-    case = Case() if device.type == "cuda" else SMALLEST
+    case = case_of(args, device)
     if device.index is not None:
         torch.cuda.set_device(device)
-    about = f"`python benchmarks/gpu.py` on {utils.machine_name(device)}, torch {torch.__version__}, random weights"
+    given = [name for name in (*CASE_FLAGS, "parts") if name in args.given]
+    if given and "output" not in args.given:
+        raise InputError(f"--{given[0].replace('_', '-')}: give --output too, for {args.output} is of all there is")
+    command = " ".join(map(str, ["python benchmarks/gpu.py", *words_of(args, *given)]))
+    about = f"`{command}` on {utils.machine_name(device)}, torch {torch.__version__}, random weights"
     lines = ["# On a GPU", "", f"{about}; batches of {case.batch_size}, {case.images} images for stage 1."]
     print("\n".join(lines))
     for title, measure in PARTS.items():
+        if measure.__name__ not in args.parts:
+            continue
         utils.seed_all(0)
         for index, row in enumerate(measure(case, device)):
             more = [common.table_row(row)] if index else ["", f"## {title}", "", *common.markdown(row, [])]
@@ -210,4 +250,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run_stage(main, common.arguments(__doc__, device="auto", output="docs/gpu.md"))
+    utils.run_stage(main, common.arguments(__doc__, **FLAGS, **CASE_FLAGS))
