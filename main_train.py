@@ -1,6 +1,7 @@
 """Stage 2: train the super-network with progressive importance-aware dropout (PIAD)."""
 
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def main(args):
                 run.board.add_histogram("drawn_macs", drawn_macs(run, dropout, epoch), epoch)
             run.finish_epoch(figures, score)
     if more["before"] and figures:
-        note_if_worse(more["before"], figures)
+        note_if_worse(more["before"], figures, len(test.loader.dataset))
     print_once(f"the last checkpoint is {run.last}; next:")
     options.print_command(args, "main_test.py", "--checkpoint", output)
 
@@ -121,11 +122,11 @@ def evaluate_ends(run, table, loader):
     return top1, max(sum(values[:3]) / 3, sum(values[-3:]) / 3)
 
 
-def note_if_worse(before, figures):
+def note_if_worse(before, figures, images):
     """Print a note if the mean top-1 of the three sizes is lower in the ``figures`` of the last epoch than ``before``
-    training."""
-    after = sum(figures[f"test_{end}"] for end in ENDS) / 3
-    if after < before:
+    training, by more than the standard error of such a difference on so many ``images``."""
+    after, share = sum(figures[f"test_{end}"] for end in ENDS) / 3, before / 100
+    if before - after > 100 * math.sqrt(2 * share * (1 - share) / images):
         words = f"the mean top-1 of the three sizes was {before:.2f} before training and is {after:.2f} after it"
         print_once(f"note: {words}; try a lower --lr, or more --epochs")
 

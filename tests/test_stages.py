@@ -166,10 +166,11 @@ def test_training_says_what_it_starts_from(chain, tmp_path):
 
 def test_training_that_has_made_things_worse_says_so(capsys):
     figures = {"train_loss": 1.0, "test_largest": 60.0, "test_middle": 50.0, "test_smallest": 40.0}
-    main_train.note_if_worse(50.1, figures)
-    words = "note: the mean top-1 of the three sizes was 50.10 before training and is 50.00 after it; try a lower --lr"
+    main_train.note_if_worse(52.0, figures, 2000)  # whose standard error is 1.58
+    words = "note: the mean top-1 of the three sizes was 52.00 before training and is 50.00 after it; try a lower --lr"
     assert words in capsys.readouterr().out
-    main_train.note_if_worse(50.0, figures)
+    main_train.note_if_worse(52.0, figures, 1000)  # 2.23
+    main_train.note_if_worse(49.0, figures, 10**9)
     assert capsys.readouterr().out == ""
 
 
