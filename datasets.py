@@ -461,7 +461,8 @@ class KeyedSampler:
     def set_epoch(self, epoch, done=0):
         """Go through ``epoch`` next, without its first ``done`` images, which a resumed run has seen."""
         self.epoch, self.done = epoch, done
-        # From which alone it is shuffled. Seeds lie further apart than the epochs of a run: they share no order.
+        # From which alone it is shuffled. Seeds lie further apart than the epochs of a run and share no
+        # order; those of seed 0 are as they always were.
         self.base.set_epoch(1_000_003 * self.seed + epoch)
 
     def __len__(self):

@@ -199,15 +199,17 @@ def ranks(case, device):
 
 
 def growth(case, device):
-    """Rows: seconds in which a width table grows once, of the importance of all units on the proxy set, in fp32."""
-    yield ["", "s to grow once", "MB"]
+    """Rows: seconds in which a width table grows, from the full network and from half of its way, by the importance of
+    all units on the proxy set, in fp32."""
+    yield ["", "s", "MB"]
     for name in case.models:
         supernet = common.random_supernet(name).to(device)
         costs, batches = Costs.of(supernet), common.random_batches(supernet, case.images, case.batch_size)
-        lists = [DropoutList(Units.of(costs.full), costs, growth=Growth(2)) for _ in range(2)]
-        lists[0].grow(supernet, batches[:1], 0)  # to warm up
-        _, seconds, peak = with_peak(device, partial(lists[1].grow, supernet, batches, 0))
-        yield [name, f"{seconds:.2f}", peak]
+        first, dropout = (DropoutList(Units.of(costs.full), costs, growth=Growth(2)) for _ in range(2))
+        first.grow(supernet, batches[:1], 0)  # to warm up
+        for epoch, words in enumerate(("from the full network", "from half of the way")):
+            _, seconds, peak = with_peak(device, partial(dropout.grow, supernet, batches, epoch))
+            yield [f"{name}, {words}", f"{seconds:.2f}", peak]
 
 
 PARTS = {"Stage 1": stage1, "Training steps, images/s": steps, "Extracted networks": shapes}
@@ -218,21 +220,17 @@ FLAGS = {"device": "auto", "output": "docs/gpu.md", "parts": NAMES}
 CASE_FLAGS = {"models": list(Case.models), "amps": list(Case.amps), "batch_size": Case.batch_size}
 
 
-def case_of(args, device):
-    """The Case that the flags ask for; the smallest without a GPU."""
-    if device.type != "cuda":
-        return SMALLEST
-    return replace(Case(), **{name: getattr(args, name) for name in CASE_FLAGS})
-
-
 def main(args):
     device = utils.choose_device(args.device, "--device")
-    case = case_of(args, device)
+    on_gpu = device.type == "cuda"
+    case = replace(Case(), **{name: getattr(args, name) for name in CASE_FLAGS}) if on_gpu else SMALLEST
     if device.index is not None:
         torch.cuda.set_device(device)
     given = [name for name in (*CASE_FLAGS, "parts") if name in args.given]
-    if given and "output" not in args.given:
+    if on_gpu and given and "output" not in args.given:
         raise InputError(f"--{given[0].replace('_', '-')}: give --output too, for {args.output} is of all there is")
+    if not on_gpu and any(name in CASE_FLAGS for name in given):
+        raise InputError(f"--{given[0].replace('_', '-')}: without a GPU there is the smallest case alone")
     command = " ".join(map(str, ["python benchmarks/gpu.py", *words_of(args, *given)]))
     about = f"`{command}` on {utils.machine_name(device)}, torch {torch.__version__}, random weights"
     lines = ["# On a GPU", "", f"{about}; batches of {case.batch_size}, {case.images} images for stage 1."]
@@ -245,7 +243,7 @@ def main(args):
             more = [common.table_row(row)] if index else ["", f"## {title}", "", *common.markdown(row, [])]
             print("\n".join(more), flush=True)
             lines += more
-            if device.type == "cuda":  # after every row: what has been measured is kept if it is stopped
+            if on_gpu:  # after every row: what has been measured is kept if it is stopped
                 utils.save_text("\n".join(lines) + "\n", Path(args.output))
 
 

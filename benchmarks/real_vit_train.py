@@ -74,8 +74,9 @@ def train(args, folder, script, epochs, lr, seed, *words, **kwargs):
     return run(args, folder, script, *flags, *words, **kwargs)
 
 
-def last_of_log(folder):
-    return json.loads((folder / "log.txt").read_text().splitlines()[-1])
+def log_of(folder):
+    """The figures of every epoch."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def pretrained(args):
@@ -85,7 +86,7 @@ def pretrained(args):
     tuned, loaders = args.work / "tuned", args.workers * args.loaders
     how = ("main_finetune_peeled.py", args.pretrain_epochs, args.pretrain_lr, 0, "--warmup-epochs", 0)
     train(args, tuned, *how, *words, loaders=loaders)
-    return tuned / f"checkpoint_{args.pretrain_epochs - 1}.pth", last_of_log(tuned)["test_top1"]
+    return tuned / f"checkpoint_{args.pretrain_epochs - 1}.pth", log_of(tuned)[-1]["test_top1"]
 
 
 def stage1(args, start, name, seed):
@@ -107,8 +108,13 @@ def stage2(args, start, name, seed):
 
 def at_ends(args, start, name, seed):
     """Top-1 in % at ENDS, as training has tested it last."""
-    log = last_of_log(stage2(args, start, name, seed))
-    return [log[f"test_{end}"] for end in ENDS]
+    last = log_of(stage2(args, start, name, seed))[-1]
+    return [last[f"test_{end}"] for end in ENDS]
+
+
+def losses(args, start, name, seed):
+    """Mean loss of each epoch of training."""
+    return [figures["train_loss"] for figures in log_of(stage2(args, start, name, seed))]
 
 
 def stage3(args, start, name, seed):
@@ -122,25 +128,25 @@ def stage4(args, start, share, seed):
     """Top-1 in % of the sub-network of ``share``, trained by itself."""
     words = ["--checkpoint", stage1(args, start, "ours", seed), "--macs-ratio", share]
     folder, how = args.work / f"seed{seed}" / f"alone {share:.3f}", ("main_finetune_peeled.py", args.epochs, args.lr)
-    return last_of_log(train(args, folder, *how, seed, "--warmup-epochs", args.warmup_epochs, *words))["test_top1"]
+    return log_of(train(args, folder, *how, seed, "--warmup-epochs", args.warmup_epochs, *words))[-1]["test_top1"]
 
 
 def measure(args, start):
-    """{part: {name: {seed: top-1}}} of what has been done: at SHARES ('top1'), at ENDS ('ends'), of sizes 'alone'."""
-    run_all(args, start, stage1, {name: name for name in STAGE1})  # which several methods begin from
-    trained = {name: name for name in args.methods if METHODS[name][1] is not None}
-    return {
-        "top1": run_all(args, start, stage3, {name: name for name in args.methods}),
-        "ends": run_all(args, start, at_ends, trained),
-        "alone": run_all(args, start, stage4, {f"{share:.2f}": share for share in args.alone}),
-    }
+    """{part: {name: {seed: figures}}} of what has been done: top-1 at SHARES ('top1'), at ENDS ('ends'), and of sizes
+    'alone'; 'losses' of training, by epoch."""
+    run_all(args, start, stage1, STAGE1)  # which several methods begin from
+    trained = [name for name in args.methods if METHODS[name][1] is not None]
+    found = {"top1": run_all(args, start, stage3, args.methods), "ends": run_all(args, start, at_ends, trained)}
+    alone = run_all(args, start, stage4, args.alone)
+    found["alone"] = {f"{share:.2f}": seeds for share, seeds in alone.items()}
+    return found | {"losses": run_all(args, start, losses, trained)}
 
 
-def run_all(args, start, how, which):
-    """{name: {seed: what ``how`` returns}} of which = {name: what it takes}, without what has not been done."""
-    found = {name: {} for name in which}
+def run_all(args, start, how, names):
+    """{name: {seed: what ``how`` returns for it}}, without what has not been done."""
+    found = {name: {} for name in names}
     with ThreadPoolExecutor(args.workers or 1) as pool:
-        jobs = {(name, s): pool.submit(how, args, start, of, s) for name, of in which.items() for s in args.seeds}
+        jobs = {(name, s): pool.submit(how, args, start, name, s) for name in names for s in args.seeds}
         for (name, seed), job in jobs.items():
             try:
                 found[name][seed] = job.result()
